@@ -1,0 +1,36 @@
+"""Batches: what the data room hands to a step. Shapes: B rows, S positions; microbatches add a leading A.
+
+A row holds one or more packed segments. `segment_ids` are 0, 1, 2... in the order of a row and -1 on
+padding; a padding token attends to nothing and nothing attends to it. Every per-token field is aligned
+with the token it speaks of: `mask[b, t]` says whether predicting `tokens[b, t]` from what stands before
+it in its segment is trained. The first token of a segment has nothing before it, so its mask is 0.
+"""
+
+import flax.struct
+import jax
+
+PADDING_SEGMENT = -1
+
+
+@flax.struct.dataclass
+class Batch:
+  """Packed token rows for a supervised step."""
+
+  tokens: jax.Array  # [B, S] int32, 0 on padding
+  positions: jax.Array  # [B, S] int32, counted from 0 in each segment, 0 on padding
+  segment_ids: jax.Array  # [B, S] int32, -1 on padding
+  mask: jax.Array  # [B, S] float32, weight of the token as a target; 0 on prompts and padding
+
+
+@flax.struct.dataclass
+class PolicyBatch:
+  """Packed rollouts for a policy-gradient step. The first four fields are those of `Batch`."""
+
+  tokens: jax.Array  # [B, S] int32, 0 on padding
+  positions: jax.Array  # [B, S] int32, counted from 0 in each segment, 0 on padding
+  segment_ids: jax.Array  # [B, S] int32, -1 on padding
+  mask: jax.Array  # [B, S] float32, 1 on completion tokens that are trained
+  advantages: jax.Array  # [B, S] float32, 0 outside completions
+  old_logprobs: jax.Array  # [B, S] float32, trainer log-prob before the first update, 0 outside
+  sampler_logprobs: jax.Array  # [B, S] float32, log-prob the rollout engine reported, 0 outside
+  reference_logprobs: jax.Array  # [B, S] float32, log-prob under the reference policy, 0 if unused

@@ -1,0 +1,46 @@
+"""What a rollout engine takes and gives: sampling parameters, stop reasons, `Rollouts`."""
+
+import dataclasses
+import enum
+
+import flax.struct
+import jax
+
+
+class StopReason(enum.IntEnum):
+  """Why a completion ended."""
+
+  TOKEN = 0  # sampled one of the stop tokens (it is the last token of the completion)
+  LENGTH = 1  # reached max_tokens
+  STRING = 2  # the text holds a stop string (the token that completed it is the last one)
+  BUDGET = 3  # reached the end of the engine's window
+  ABORTED = 4  # cancelled by the caller
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+  """How completions are drawn.
+
+  Log-probs that the engine reports are of the full softmax at `temperature`, before top-k, top-p and
+  min-p cut it (the distribution that the trainer differentiates).
+  """
+
+  max_tokens: int
+  temperature: float = 1.0  # 0 is greedy; log-probs are then those at temperature 1
+  top_k: int = 0  # keep the k most likely tokens; 0 keeps all
+  top_p: float = 1.0  # keep the smallest set with this probability mass; 1 keeps all
+  min_p: float = 0.0  # drop tokens less likely than min_p times the most likely one; 0 keeps all
+  stop_tokens: tuple[int, ...] = ()
+  stop_strings: tuple[str, ...] = ()
+
+
+@flax.struct.dataclass
+class Rollouts:
+  """Completions of a group of prompts; row i * n + j is sample j of prompt i."""
+
+  tokens: jax.Array  # [B, S] int32, prompt then completion, right-padded with 0
+  prompt_length: jax.Array  # [B] int32
+  length: jax.Array  # [B] int32, prompt + completion, the stop token included
+  logprobs: jax.Array  # [B, S] float32, log-prob under the weights that sampled, 0 on the prompt
+  version: jax.Array  # [B, S] int32, which weights sampled each token, -1 on prompt and padding
+  stop: jax.Array  # [B] int8, StopReason
