@@ -1,0 +1,1 @@
+"""Attention over packed segments. `reference.py` is the contract."""

@@ -1,0 +1,212 @@
+"""The dense decoder: Llama 3, Qwen 2.5 and Qwen 3 by `ModelConfig`. Plain trees in, arrays out.
+
+Shape suffixes and einsum letters: B batch, S query position, T key position, D model width, H query
+heads, G key/value heads, K head width, F MLP hidden units, V vocabulary, L layers.
+
+`block` is the only implementation of a layer. It takes `attend`, so that training passes attention over
+packed segments and the rollout engine passes attention over its cache.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels.flash_attention.reference import attention
+from pt_jax import weights
+from pt_jax.models.config import Llama3Rope, ModelConfig
+from pt_jax.sharding import USE, P, axis_size
+from pt_jax.weights import Param, Params, Table, project
+
+# (q [B,S,H,K], k [B,S,G,K], v [B,S,G,K]) -> (out [B,S,H,K], what the caller keeps of this layer)
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+def table(c: ModelConfig) -> Table:
+  """Every parameter of the model; blocks are stacked on a leading `layer` axis."""
+  d, h, g, k, f, v = c.width, c.heads, c.kv_heads, c.head_dim, c.hidden, c.vocab_size
+
+  def matrix(fan_in: int, *shape_and_axes: tuple[int, str]) -> Param:
+    shape, axes = zip(*shape_and_axes)
+    return Param(shape, axes, std=fan_in**-0.5, decay=True)
+
+  gain = lambda size: Param((size,), (None,), mean=1.0)
+  block = {
+    "attention_norm": gain(d),
+    "q": matrix(d, (d, "embed"), (h, "heads"), (k, "head")),
+    "k": matrix(d, (d, "embed"), (g, "kv_heads"), (k, "head")),
+    "v": matrix(d, (d, "embed"), (g, "kv_heads"), (k, "head")),
+    "o": matrix(h * k, (h, "heads"), (k, "head"), (d, "embed")),
+    "mlp_norm": gain(d),
+    "gate": matrix(d, (d, "embed"), (f, "hidden")),
+    "up": matrix(d, (d, "embed"), (f, "hidden")),
+    "down": matrix(f, (f, "hidden"), (d, "embed")),
+  }
+  # The two projections that write to the residual stream start smaller (GPT-2's 1 / sqrt(2 L)).
+  for name in ("o", "down"):
+    block[name] = block[name]._replace(std=block[name].std * (2 * c.layers) ** -0.5)
+  if c.attention_bias:
+    block["q_bias"] = Param((h, k), ("heads", "head"))
+    block["k_bias"] = Param((g, k), ("kv_heads", "head"))
+    block["v_bias"] = Param((g, k), ("kv_heads", "head"))
+  if c.qk_norm:
+    block["q_norm"] = gain(k)
+    block["k_norm"] = gain(k)
+  rows = {
+    "embed": Param((v, d), ("vocab", "embed"), std=d**-0.5),
+    "blocks": weights.map_table(lambda row: row.stack(c.layers), block),
+    "final_norm": gain(d),
+  }
+  if not c.tied_embeddings:
+    rows["unembed"] = Param((v, d), ("vocab", "embed"), std=d**-0.5)
+  return rows
+
+
+def rms_norm(x: jax.Array, gain: jax.Array, epsilon: float) -> jax.Array:
+  """x / sqrt(mean(x^2) + epsilon) * gain over the last axis, in float32, returned in x's dtype."""
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + epsilon)
+  return (y * gain.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_frequencies(c: ModelConfig) -> jax.Array:
+  """[K/2] float32 angular frequencies theta^(-2i/K), stretched as `c.rope_scaling` says."""
+  frequency = c.rope_theta ** (-jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim)
+  scaling = c.rope_scaling
+  return frequency if scaling is None else _llama3_frequencies(frequency, scaling)
+
+
+def _llama3_frequencies(frequency: jax.Array, s: Llama3Rope) -> jax.Array:
+  """Wavelengths over L/low are divided by `factor`, under L/high kept, interpolated in between."""
+  turns = s.original_length * frequency / (2 * math.pi)  # turns within the original context
+  share = (turns - s.low_frequency_factor) / (s.high_frequency_factor - s.low_frequency_factor)
+  keep = jnp.clip(share, 0.0, 1.0)
+  return frequency * (keep + (1 - keep) / s.factor)
+
+
+def rope_angles(c: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """cos and sin [B, S, 1, K/2] float32 of the rotary angles at `positions` [B, S]."""
+  angles = positions[:, :, None, None].astype(jnp.float32) * rope_frequencies(c)
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotary embedding of heads x [B, S, H, K], pairing i with i + K/2 (the HF convention)."""
+  cos, sin = angles
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def block(
+  x: jax.Array, w: Params, c: ModelConfig, angles: tuple[jax.Array, jax.Array], attend: Attend
+) -> tuple[jax.Array, Any]:
+  """One layer. x [B, S, D] -> ([B, S, D], what `attend` kept of this layer)."""
+  act = USE.spec("batch", "seq", "embed")
+  y = rms_norm(x, w["attention_norm"], c.norm_epsilon)
+  q, k, v = (project(y, w[name], "bsd,dhk->bshk") for name in ("q", "k", "v"))
+  if c.attention_bias:
+    q, k, v = (z + w[f"{n}_bias"].astype(z.dtype) for n, z in (("q", q), ("k", k), ("v", v)))
+  if c.qk_norm:
+    q = rms_norm(q, w["q_norm"], c.norm_epsilon)
+    k = rms_norm(k, w["k_norm"], c.norm_epsilon)
+  out, kept = attend(rotate(q, angles), rotate(k, angles), v)
+  x = x + project(out, w["o"], "bshk,hkd->bsd", out_sharding=act)
+  y = rms_norm(x, w["mlp_norm"], c.norm_epsilon)
+  gated = jax.nn.silu(project(y, w["gate"], "bsd,df->bsf")) * project(y, w["up"], "bsd,df->bsf")
+  return x + project(gated, w["down"], "bsf,fd->bsd", out_sharding=act), kept
+
+
+def embed(table_vd: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Rows of the embedding table: tokens [B, S] -> [B, S, D]. Every shard of the vocabulary looks up
+  what it owns, and the rest is zero until the sum."""
+
+  def local(rows: jax.Array, ids: jax.Array) -> jax.Array:
+    ids = ids - jax.lax.axis_index("tensor") * rows.shape[0]
+    mine = (ids >= 0) & (ids < rows.shape[0])
+    found = rows.astype(dtype)[jnp.clip(ids, 0, rows.shape[0] - 1)]
+    return jax.lax.psum(jnp.where(mine[..., None], found, 0), "tensor")
+
+  specs = (USE.spec("vocab", "embed"), USE.spec("batch", "seq"))
+  out = USE.spec("batch", "seq", "embed")
+  return jax.shard_map(local, in_specs=specs, out_specs=out)(table_vd, tokens)
+
+
+def shard_kv(x: jax.Array) -> jax.Array:
+  """Repeats key or value heads [B, T, G, K] where the `tensor` axis outnumbers them."""
+  parts = axis_size(USE.kv_heads)
+  return x if x.shape[2] % parts == 0 else jnp.repeat(x, parts // x.shape[2], axis=2)
+
+
+def attend_packed(c: ModelConfig, positions: jax.Array, segment_ids: jax.Array) -> Attend:
+  """Training attention: causal within the segments of a row. Keys are gathered over `context`."""
+
+  def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+    queries, keys = USE.spec("batch", "seq", "heads", None), USE.spec("batch", None, "kv_heads", None)
+    row, whole_row = USE.spec("batch", "seq"), USE.spec("batch", None)
+
+    def local(q, k, v, q_positions, q_segments, k_positions, k_segments):
+      return attention(
+        q,
+        k,
+        v,
+        q_positions=q_positions,
+        k_positions=k_positions,
+        q_segments=q_segments,
+        k_segments=k_segments,
+        scale=c.head_dim**-0.5,
+      )
+
+    specs = (queries, keys, keys, row, row, whole_row, whole_row)
+    k, v = jax.reshard(shard_kv(k), keys), jax.reshard(shard_kv(v), keys)
+    whole = [jax.reshard(x, whole_row) for x in (positions, segment_ids)]
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=queries)
+    return mapped(q, k, v, positions, segment_ids, *whole), None
+
+  return attend
+
+
+def forward(
+  params: Params, c: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+  """Final hidden states (after the last norm) of packed rows.
+
+  Args:
+    params: tree of `table(c)`, anywhere: each block is gathered to where it is used.
+    c: the model's configuration.
+    tokens, positions, segment_ids: [B, S] int32, see `pt_jax.data.batch`.
+
+  Returns:
+    [B, S, D] in the compute dtype. `models.logprobs` turns them into log-probs.
+  """
+  rows, dtype = table(c), jnp.dtype(c.compute_dtype)
+  x = embed(weights.reshard(params["embed"], rows["embed"], USE), tokens, dtype)
+  angles = rope_angles(c, positions)
+  attend = attend_packed(c, positions, segment_ids)
+  block_rows = weights.map_table(
+    lambda row: row._replace(shape=row.shape[1:], axes=row.axes[1:]), rows["blocks"]
+  )
+
+  def layer(x: jax.Array, w: Params) -> tuple[jax.Array, None]:
+    return block(x, weights.reshard(w, block_rows, USE), c, angles, attend)
+
+  if c.remat == "block":
+    layer = functools.partial(jax.checkpoint(layer, prevent_cse=c.unroll))
+  x, _ = jax.lax.scan(layer, x, params["blocks"], unroll=c.layers if c.unroll else 1)
+  return rms_norm(x, params["final_norm"], c.norm_epsilon)
+
+
+def unembedding(params: Params, c: ModelConfig) -> jax.Array:
+  """The output matrix [V, D], gathered to where it is used."""
+  name = "embed" if c.tied_embeddings else "unembed"
+  return weights.reshard(params[name], table(c)[name], USE)
+
+
+def init(key: jax.Array, c: ModelConfig, rules: Any) -> Params:
+  """Random parameters living where `rules` say; call it under `jit` inside `jax.set_mesh`."""
+  return weights.init(key, table(c), rules, jnp.dtype(c.param_dtype))
+
+
+__all__ = ["P", "block", "embed", "forward", "init", "table", "unembedding"]

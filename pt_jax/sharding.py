@@ -1,0 +1,134 @@
+"""The mesh, the logical axes, and the one mapping between them.
+
+Every mesh has the same four axes, every size 1 on one device, so no code asks whether there is a mesh:
+
+  data      the batch, and under ZeRO the width of parameters, gradients and optimizer state
+  context   the sequence
+  expert    the experts of a mixture; outside of one, the batch
+  tensor    heads, MLP hidden units and the vocabulary
+
+Models name logical axes ("embed", "heads"...). `Rules` says which mesh axes each of them is split over.
+`USE` holds while a parameter is multiplied by; `zero(stage)` says where parameters, gradients and
+optimizer state live between uses. A transfer from one to the other is a `jax.reshard`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+P = jax.P
+MESH_AXES = ("data", "context", "expert", "tensor")
+MeshAxes = str | tuple[str, ...] | None
+Axes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """For every logical axis, the mesh axes that it is split over (None: it is whole everywhere)."""
+
+  layer: MeshAxes = None  # the stacked blocks
+  vocab: MeshAxes = "tensor"
+  embed: MeshAxes = None  # the residual width
+  heads: MeshAxes = "tensor"  # query heads
+  kv_heads: MeshAxes = "tensor"  # key and value heads; see `models.decoder.shard_kv`
+  head: MeshAxes = None  # the width of one head
+  hidden: MeshAxes = "tensor"  # MLP hidden units
+  batch: MeshAxes = ("data", "expert")
+  seq: MeshAxes = "context"
+
+  def spec(self, *axes: str | None) -> P:
+    """The PartitionSpec of an array with these logical axes.
+
+    Raises ValueError when two of them are mapped to one mesh axis.
+    """
+    parts = [getattr(self, axis) if axis else None for axis in axes]
+    taken: dict[str, str | None] = {}
+    for axis, part in zip(axes, parts):
+      for mesh_axis in (part,) if isinstance(part, str) else part or ():
+        if mesh_axis in taken:
+          raise ValueError(
+            f"logical axes {taken[mesh_axis]!r} and {axis!r} of one array are both mapped to mesh "
+            f"axis {mesh_axis!r}"
+          )
+        taken[mesh_axis] = axis
+    return P(*parts)
+
+
+USE = Rules()
+ZERO = Rules(embed="data")
+
+
+class Layout(NamedTuple):
+  """Where the parts of a train state live between steps."""
+
+  params: Rules
+  grads: Rules  # of the gradient accumulator
+  optimizer: Rules
+
+
+def zero(stage: int) -> Layout:
+  """ZeRO (arXiv 1910.02054): stage 1 splits the optimizer over `data`, 2 gradients too, 3 all."""
+  layouts = {1: Layout(USE, USE, ZERO), 2: Layout(USE, ZERO, ZERO), 3: Layout(ZERO, ZERO, ZERO)}
+  if stage not in layouts:
+    raise ValueError(f"zero stage: expected 1, 2 or 3, found {stage}")
+  return layouts[stage]
+
+
+def make_mesh(
+  data: int = 1,
+  context: int = 1,
+  expert: int = 1,
+  tensor: int = 1,
+  *,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """A mesh over `devices` (default: all of them) with explicit axes.
+
+  Args:
+    data, context, expert, tensor: sizes; one of them may be -1, "whatever is left".
+    devices: the devices to use, as many as the product of the sizes.
+
+  Raises ValueError when the sizes do not multiply to the number of devices.
+  """
+  sizes = dict(zip(MESH_AXES, (data, context, expert, tensor)))
+  count = len(jax.devices() if devices is None else devices)
+  free = [name for name, size in sizes.items() if size == -1]
+  if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise ValueError(f"mesh: sizes must be positive, at most one of them -1, found {sizes}")
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if free and count % known == 0:
+    sizes[free[0]] = count // known
+  if math.prod(sizes.values()) != count:
+    raise ValueError(
+      f"mesh {'x'.join(str(s) for s in sizes.values())} (data, context, expert, tensor) needs "
+      f"{math.prod(abs(s) for s in sizes.values())} devices, found {count}"
+    )
+  kinds = (AxisType.Explicit,) * len(MESH_AXES)
+  return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
+
+
+def axis_size(axes: MeshAxes, mesh: Mesh | jax.sharding.AbstractMesh | None = None) -> int:
+  """Into how many parts the mesh (default: the one in context) cuts an axis split over `axes`."""
+  shape = (mesh or jax.sharding.get_abstract_mesh()).shape
+  names = (axes,) if isinstance(axes, str) else axes or ()
+  return math.prod(shape[name] for name in names)
+
+
+def check_divides(name: str, shape: Sequence[int], axes: Axes, rules: Rules, mesh: Mesh) -> None:
+  """Raises ValueError when the mesh does not divide an array of this shape into equal parts."""
+  for size, axis, part in zip(shape, axes, rules.spec(*axes)):
+    pieces = axis_size(part, mesh)
+    if size % pieces:
+      raise ValueError(
+        f"{name}: axis {axis!r} of size {size} does not divide into the {pieces} parts of mesh "
+        f"axis {part!r}"
+      )
+
+
+def batch_spec(leading: int = 0) -> P:
+  """The PartitionSpec of [B, S] token arrays, behind `leading` whole axes (microbatches)."""
+  return P(*(None,) * leading, *USE.spec("batch", "seq"))
