@@ -34,28 +34,36 @@ class Rules:
   vocab: MeshAxes = "tensor"
   embed: MeshAxes = None  # the residual width
   heads: MeshAxes = "tensor"  # query heads
-  kv_heads: MeshAxes = "tensor"  # key and value heads; see `models.decoder.shard_kv`
+  kv_heads: MeshAxes = "tensor"  # key and value heads
   head: MeshAxes = None  # the width of one head
   hidden: MeshAxes = "tensor"  # MLP hidden units
   batch: MeshAxes = ("data", "expert")
   seq: MeshAxes = "context"
 
-  def spec(self, *axes: str | None) -> P:
-    """The PartitionSpec of an array with these logical axes.
+  def spec(self, *axes: str | None, mesh: Mesh | None = None) -> P:
+    """The PartitionSpec of an array with these logical axes on `mesh` (default: the one in context).
 
-    Raises ValueError when two of them are mapped to one mesh axis.
+    Mesh axes of size 1 are left out: they split nothing, and without them JAX knows that an axis is
+    whole (it may be merged with its neighbour, say). Raises ValueError when two logical axes are
+    mapped to one mesh axis.
     """
-    parts = [getattr(self, axis) if axis else None for axis in axes]
+    parts = [_names(getattr(self, axis)) if axis else () for axis in axes]
     taken: dict[str, str | None] = {}
-    for axis, part in zip(axes, parts):
-      for mesh_axis in (part,) if isinstance(part, str) else part or ():
-        if mesh_axis in taken:
+    for axis, names in zip(axes, parts):
+      for name in names:
+        if name in taken:
           raise ValueError(
-            f"logical axes {taken[mesh_axis]!r} and {axis!r} of one array are both mapped to mesh "
-            f"axis {mesh_axis!r}"
+            f"logical axes {taken[name]!r} and {axis!r} of one array are both mapped to mesh "
+            f"axis {name!r}"
           )
-        taken[mesh_axis] = axis
-    return P(*parts)
+        taken[name] = axis
+    sizes = (mesh or jax.sharding.get_abstract_mesh()).shape
+    kept = [tuple(name for name in names if sizes.get(name, 2) > 1) for names in parts]
+    return P(*(names[0] if len(names) == 1 else names or None for names in kept))
+
+
+def _names(part: MeshAxes) -> tuple[str, ...]:
+  return (part,) if isinstance(part, str) else part or ()
 
 
 USE = Rules()
@@ -111,21 +119,15 @@ def make_mesh(
   return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
 
 
-def axis_size(axes: MeshAxes, mesh: Mesh | jax.sharding.AbstractMesh | None = None) -> int:
-  """Into how many parts the mesh (default: the one in context) cuts an axis split over `axes`."""
-  shape = (mesh or jax.sharding.get_abstract_mesh()).shape
-  names = (axes,) if isinstance(axes, str) else axes or ()
-  return math.prod(shape[name] for name in names)
-
-
 def check_divides(name: str, shape: Sequence[int], axes: Axes, rules: Rules, mesh: Mesh) -> None:
   """Raises ValueError when the mesh does not divide an array of this shape into equal parts."""
-  for size, axis, part in zip(shape, axes, rules.spec(*axes)):
-    pieces = axis_size(part, mesh)
+  for size, axis in zip(shape, axes):
+    names = _names(getattr(rules, axis)) if axis else ()
+    pieces = math.prod(mesh.shape[n] for n in names)
     if size % pieces:
       raise ValueError(
         f"{name}: axis {axis!r} of size {size} does not divide into the {pieces} parts of mesh "
-        f"axis {part!r}"
+        f"axis {' x '.join(names)}"
       )
 
 

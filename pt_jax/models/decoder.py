@@ -7,7 +7,6 @@ heads, G key/value heads, K head width, F MLP hidden units, V vocabulary, L laye
 packed segments and the rollout engine passes attention over its cache.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.flash_attention.reference import attention
+from kernels.flash_attention import flash_attention
 from pt_jax import weights
 from pt_jax.models.config import Llama3Rope, ModelConfig
-from pt_jax.sharding import USE, P, axis_size
+from pt_jax.sharding import USE, Rules
 from pt_jax.weights import Param, Params, Table, project
 
 # (q [B,S,H,K], k [B,S,G,K], v [B,S,G,K]) -> (out [B,S,H,K], what the caller keeps of this layer)
@@ -134,12 +133,6 @@ def embed(table_vd: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array
   return jax.shard_map(local, in_specs=specs, out_specs=out)(table_vd, tokens)
 
 
-def shard_kv(x: jax.Array) -> jax.Array:
-  """Repeats key or value heads [B, T, G, K] where the `tensor` axis outnumbers them."""
-  parts = axis_size(USE.kv_heads)
-  return x if x.shape[2] % parts == 0 else jnp.repeat(x, parts // x.shape[2], axis=2)
-
-
 def attend_packed(c: ModelConfig, positions: jax.Array, segment_ids: jax.Array) -> Attend:
   """Training attention: causal within the segments of a row. Keys are gathered over `context`."""
 
@@ -148,7 +141,7 @@ def attend_packed(c: ModelConfig, positions: jax.Array, segment_ids: jax.Array) 
     row, whole_row = USE.spec("batch", "seq"), USE.spec("batch", None)
 
     def local(q, k, v, q_positions, q_segments, k_positions, k_segments):
-      return attention(
+      return flash_attention(
         q,
         k,
         v,
@@ -157,10 +150,11 @@ def attend_packed(c: ModelConfig, positions: jax.Array, segment_ids: jax.Array) 
         q_segments=q_segments,
         k_segments=k_segments,
         scale=c.head_dim**-0.5,
+        aligned=q.shape[1] == k.shape[1],
       )
 
     specs = (queries, keys, keys, row, row, whole_row, whole_row)
-    k, v = jax.reshard(shard_kv(k), keys), jax.reshard(shard_kv(v), keys)
+    k, v = jax.reshard(k, keys), jax.reshard(v, keys)
     whole = [jax.reshard(x, whole_row) for x in (positions, segment_ids)]
     mapped = jax.shard_map(local, in_specs=specs, out_specs=queries)
     return mapped(q, k, v, positions, segment_ids, *whole), None
@@ -193,7 +187,7 @@ def forward(
     return block(x, weights.reshard(w, block_rows, USE), c, angles, attend)
 
   if c.remat == "block":
-    layer = functools.partial(jax.checkpoint(layer, prevent_cse=c.unroll))
+    layer = jax.checkpoint(layer, prevent_cse=c.unroll)
   x, _ = jax.lax.scan(layer, x, params["blocks"], unroll=c.layers if c.unroll else 1)
   return rms_norm(x, params["final_norm"], c.norm_epsilon)
 
@@ -204,9 +198,6 @@ def unembedding(params: Params, c: ModelConfig) -> jax.Array:
   return weights.reshard(params[name], table(c)[name], USE)
 
 
-def init(key: jax.Array, c: ModelConfig, rules: Any) -> Params:
+def init(key: jax.Array, c: ModelConfig, rules: Rules) -> Params:
   """Random parameters living where `rules` say; call it under `jit` inside `jax.set_mesh`."""
   return weights.init(key, table(c), rules, jnp.dtype(c.param_dtype))
-
-
-__all__ = ["P", "block", "embed", "forward", "init", "table", "unembedding"]

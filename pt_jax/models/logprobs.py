@@ -5,6 +5,7 @@ visits its own part. N is B * S on one device, D the width, C a chunk of the voc
 """
 
 import functools
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from pt_jax.sharding import USE
 
 TENSOR = "tensor"
+BATCH_AXES = ("data", "expert", "context")  # the mesh axes that positions are split over
 
 
 @flax.struct.dataclass
@@ -82,49 +84,65 @@ def _statistics(h, w, labels, temperature, chunk):
 
 
 def _chunks(w, chunk):
-  """The shard cut into chunks [n, C, D], and the vocabulary id of each chunk's first row [n]."""
+  """The shard cut into (rows [C, D], vocabulary id of the first of them): the first chunk, and the
+  others stacked. A scan that starts from a real chunk needs no neutral element."""
   start = jax.lax.axis_index(TENSOR) * w.shape[0]
-  return w.reshape(-1, chunk, w.shape[1]), start + jnp.arange(w.shape[0] // chunk) * chunk
+  parts = w.reshape(-1, chunk, w.shape[1]), start + jnp.arange(w.shape[0] // chunk) * chunk
+  return jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
 
 
-def _logits(h, w, temperature):
-  return jnp.einsum("nd,cd->nc", h, w.astype(h.dtype), preferred_element_type=jnp.float32) / temperature
+def _logits(h, rows, temperature):
+  z = jnp.einsum("nd,cd->nc", h, rows.astype(h.dtype), preferred_element_type=jnp.float32)
+  return z / temperature
+
+
+class _Partial(NamedTuple):
+  """What is known of the softmax after some chunks; every field is [N]."""
+
+  top: jax.Array  # the highest logit
+  total: jax.Array  # sum of exp(logit - top)
+  weighted: jax.Array  # sum of exp(logit - top) * logit
+  label: jax.Array  # the label's logit, 0 if it is elsewhere
+  best: jax.Array  # the token of the highest logit
+
+
+def _measure(h, labels, temperature, part):
+  rows, first = part
+  z = _logits(h, rows, temperature)
+  top = z.max(-1)
+  p = jnp.exp(z - top[:, None])
+  hit = first + jnp.arange(z.shape[1]) == labels[:, None]
+  label = jnp.where(hit, z, 0).sum(-1)
+  return _Partial(top, p.sum(-1), (p * z).sum(-1), label, first + jnp.argmax(z, -1).astype(jnp.int32))
+
+
+def _merge(a: _Partial, b: _Partial) -> _Partial:
+  top = jnp.maximum(a.top, b.top)
+  keep_a, keep_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
+  return _Partial(
+    top,
+    a.total * keep_a + b.total * keep_b,
+    a.weighted * keep_a + b.weighted * keep_b,
+    a.label + b.label,
+    jnp.where(b.top > a.top, b.best, a.best),
+  )
 
 
 def _forward(h, w, labels, temperature, chunk):
-  """Running max, sum of exp, sum of exp * logit and label logit over the chunks, then over shards."""
-
-  def visit(carry, part):
-    top, total, weighted, label, best = carry
-    rows, first = part
-    z = _logits(h, rows, temperature)
-    ids = first + jnp.arange(z.shape[1])
-    highest = z.max(-1)
-    new = jnp.maximum(top, highest)
-    p, keep = jnp.exp(z - new[:, None]), jnp.exp(top - new)
-    return (
-      new,
-      total * keep + p.sum(-1),
-      weighted * keep + (p * z).sum(-1),
-      label + jnp.where(ids == labels[:, None], z, 0).sum(-1),
-      jnp.where(highest > top, first + jnp.argmax(z, -1), best).astype(jnp.int32),
-    ), None
-
-  varying = jax.typeof(labels).vma | {TENSOR}
-  zeros = jax.lax.pvary(jnp.zeros(h.shape[:1], jnp.float32), tuple(varying))
-  start = (zeros - jnp.inf, zeros, zeros, zeros, zeros.astype(jnp.int32))
-  parts = _chunks(w, chunk)
-  if parts[0].shape[0] == 1:
-    (top, total, weighted, label, best), _ = visit(start, jax.tree.map(lambda x: x[0], parts))
-  else:
-    (top, total, weighted, label, best), _ = jax.lax.scan(visit, start, parts)
-  highest = jax.lax.pmax(top, TENSOR)
-  scale = jnp.exp(top - highest)
-  total, weighted, label = jax.lax.psum((total * scale, weighted * scale, label), TENSOR)
-  lse = highest + jnp.log(total)
-  vocab = jnp.iinfo(jnp.int32).max
-  best = jax.lax.pmin(jnp.where(top == highest, best, vocab), TENSOR)
+  first, rest = _chunks(w, chunk)
+  seen = _measure(h, labels, temperature, first)
+  if w.shape[0] > chunk:
+    step = lambda seen, part: (_merge(seen, _measure(h, labels, temperature, part)), None)
+    seen, _ = jax.lax.scan(step, seen, rest)
+  top = jax.lax.pmax(seen.top, TENSOR)
+  scale = jnp.exp(seen.top - top)
+  total, weighted, label = jax.lax.psum(
+    (seen.total * scale, seen.weighted * scale, seen.label), TENSOR
+  )
+  lse = top + jnp.log(total)
   entropy = lse - weighted / total
+  nowhere = jnp.iinfo(jnp.int32).max
+  best = jax.lax.pmin(jnp.where(seen.top == top, seen.best, nowhere), TENSOR)
   return (label - lse, entropy, best), (h, w, labels, lse, entropy)
 
 
@@ -133,7 +151,7 @@ def _backward(temperature, chunk, saved, cotangents):
   h, w, labels, lse, entropy = saved
   g_logprob, g_entropy, _ = cotangents
 
-  def visit(dh, part):
+  def visit(part):
     rows, first = part
     z = _logits(h, rows, temperature)
     p = jnp.exp(z - lse[:, None])
@@ -142,19 +160,25 @@ def _backward(temperature, chunk, saved, cotangents):
       g_logprob[:, None] + g_entropy[:, None] * (z - lse[:, None] + entropy[:, None])
     )
     dz = (dz / temperature).astype(h.dtype)
-    dh = dh + jnp.einsum("nc,cd->nd", dz, rows.astype(h.dtype), preferred_element_type=jnp.float32)
+    dh = jnp.einsum("nc,cd->nd", dz, rows.astype(h.dtype), preferred_element_type=jnp.float32)
     return dh, jnp.einsum("nc,nd->cd", dz, h, preferred_element_type=jnp.float32)
 
-  varying = jax.typeof(h).vma | {TENSOR}
-  dh = jax.lax.pvary(jnp.zeros(h.shape, jnp.float32), tuple(varying))
-  parts = _chunks(w, chunk)
-  if parts[0].shape[0] == 1:
-    dh, dw = visit(dh, jax.tree.map(lambda x: x[0], parts))
-  else:
-    dh, dw = jax.lax.scan(visit, dh, parts)
+  def step(dh, part):
+    more, dw = visit(part)
+    return dh + more, dw
+
+  first, rest = _chunks(w, chunk)
+  dh, dw = visit(first)
+  if w.shape[0] > chunk:
+    dh, more = jax.lax.scan(step, dh, rest)
+    dw = jnp.concatenate([dw[None], more])
   dh = jax.lax.psum(dh, TENSOR).astype(h.dtype)
-  over = tuple(jax.typeof(dw).vma - jax.typeof(w).vma)
-  return dh, jax.lax.psum(dw.reshape(w.shape), over).astype(w.dtype), None
+  whole = BATCH_AXES if jax.lax.axis_size(TENSOR) > 1 else (*BATCH_AXES, TENSOR)
+  for axis in whole:  # one at a time: JAX refuses a mix of axes that dw varies over and does not
+    dw = jax.lax.psum(dw, axis)
+  return dh, dw.reshape(w.shape).astype(w.dtype), None
+
+
 
 
 _statistics.defvjp(_forward, _backward)
