@@ -106,8 +106,9 @@ def _take(x: jax.Array, layer: jax.Array | None) -> jax.Array:
 
 def _fetch(param: jax.Array, tensor: Tensor, dtype: jnp.dtype) -> np.ndarray:
   """One HF tensor of one of our parameters."""
-  assert isinstance(param.sharding, jax.sharding.NamedSharding)
-  with jax.set_mesh(param.sharding.mesh):
+  where = param.sharding
+  assert isinstance(where, jax.sharding.NamedSharding) and isinstance(where.mesh, jax.sharding.Mesh)
+  with jax.set_mesh(where.mesh):
     whole = _take(param, tensor.layer)
   return to_theirs(np.asarray(whole).astype(dtype), tensor)
 
