@@ -31,6 +31,16 @@ def test_worked_by_hand():
   np.testing.assert_allclose(got["segment_mean"].mean(), 3.8, rtol=1e-6)
 
 
+@pytest.mark.parametrize("junk", [np.inf, np.nan])
+def test_values_outside_the_mask_are_not_read(junk):
+  for name in ("token_mean", "segment_mean"):
+    total = lambda values, name=name: reduce.reduce(name, values, MASK, IDS).total
+    clean, slope = jax.value_and_grad(total)(VALUES)
+    dirty, dirty_slope = jax.value_and_grad(total)(np.where(MASK > 0, VALUES, junk))
+    assert clean == dirty
+    np.testing.assert_array_equal(slope, dirty_slope)
+
+
 @pytest.fixture(scope="module")
 def whole():
   """Value and gradient per sample of each reduction: one sample a row, one microbatch."""
