@@ -115,7 +115,7 @@ class Checkpointer:
   def restore_params(self, params: Tree, step: int | None = None) -> Tree:
     """Reads only what the saved state has under `params`, errors as in `restore`."""
     leaves = self._record(step)["leaves"]
-    found = {name: kind for name, kind in leaves.items() if name.startswith("params.")}
+    found = {name: kind for name, kind in leaves.items() if name.split(".")[0] == "params"}
     wanted = {"params": params}
     arrays = self._read(self._pick(step), _flat(wanted), found)
     return _unflatten(wanted, arrays)["params"]
