@@ -1,0 +1,37 @@
+"""What `launch.bench` measures on both sides: one model, one set of batches and lengths.
+
+`launch.bench` passes `SPEC` as JSON on the standard input of the scripts in this folder. Each of
+them runs in the environment of its peer, imports nothing of pt_jax, and prints one JSON line:
+
+  peer, task     what was measured
+  seconds        one entry a timing; each covers `steps` steps (sft), one batch (generate), or one
+                 whole step from prompts to updated weights (grpo)
+  tokens         tokens that a timing covers: B * S * steps (sft), new tokens (the others)
+  settings       the peer's settings that matter, and its versions
+
+The peers' scripts, and the variable that names an interpreter which has them:
+
+  PT_JAX_TRL_PYTHON    trl_sft.py, transformers_sft.py, transformers_generate.py, trl_grpo.py
+  PT_JAX_TUNIX_PYTHON  tunix_sft.py, tunix_generate.py, tunix_grpo.py
+"""
+
+SPEC = {
+  "model": {  # a Qwen 3 of 3.3 M parameters, embeddings tied, float32
+    "vocab_size": 512,
+    "width": 256,
+    "layers": 4,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 64,
+    "hidden": 768,
+    "rope_theta": 1_000_000.0,  # Tunix knows no other
+    "norm_epsilon": 1e-6,
+  },
+  "sft": {"batch": 16, "length": 256, "steps": 2},
+  "generate": {"batch": 64, "prompt": 32, "new_tokens": 96},
+  "grpo": {"prompts": 8, "samples": 8, "prompt": 32, "new_tokens": 96},
+  "learning_rate": 1e-4,
+  "warmup": 2,  # timings thrown away
+  "repeats": 5,  # timings kept
+  "threads": 2,
+}
