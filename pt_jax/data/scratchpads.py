@@ -12,6 +12,7 @@ a family's wordy question to a line that a byte-level model can afford. Prompt, 
   base_conversion  31_8>3=  3*8+1=25;25/3=8r1 8/3=2r2 2/3=0r2  221
   count_bits       bits(201)=  201:1 100:1 50:1 25:2 12:2 6:2 3:3 1:4  4
   letter_counting  e in free the=  free:2 the:3  3
+  spell_backward   backward(hypo)=  h1y2p3o4  opyh
 
 A line of columns ends in the number that their low digits spell, ones first, with the last carry in
 front. Signed sums work on magnitudes; the sign appears at the end of the line.
@@ -207,6 +208,12 @@ def _work_letter_counting(entry: dict[str, Any]) -> tuple[list[str], str]:
   return [" ".join(steps)], str(count)
 
 
+def _work_spell_backward(entry: dict[str, Any]) -> tuple[list[str], str]:
+  """Number the letters, then read them from the last."""
+  numbered = [f"{letter}{place}" for place, letter in enumerate(entry["word"], start=1)]
+  return ["".join(numbered)], "".join(pair[0] for pair in reversed(numbered))
+
+
 SOLVERS = {
   "chain_sum": Solver(lambda e: e["expression"].replace(" ", "") + "=", _work_chain_sum),
   "products": Solver(lambda e: e["expression"].replace(" ", "") + "=", _work_products),
@@ -218,4 +225,5 @@ SOLVERS = {
   "letter_counting": Solver(
     lambda e: f"{e['target_letter']} in {' '.join(e['span'])}=", _work_letter_counting
   ),
+  "spell_backward": Solver(lambda e: f"backward({e['word']})=", _work_spell_backward),
 }

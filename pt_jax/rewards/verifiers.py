@@ -102,9 +102,10 @@ def family_score(
   """The reasoning-gym family's own score of the answer, cut to [0, 1]; 0 without an answer.
 
   Most families give partial credit to an answer that merely contains the reference, which a policy
-  learns to exploit; `strict` keeps only full scores. Families that score by comparing strings or
-  decimals run here, the others in the sandbox. Answers with digits of other scripts score 0 where
-  the reference has none.
+  learns to exploit; `strict` keeps only scores of exactly 1. (Not more: spell_backward adds up a
+  floating-point share for each letter, 1.0000000000000002 for some right words with more behind.)
+  Families that score by comparing strings or decimals run here, the others in the sandbox. Answers
+  with digits of other scripts score 0 where the reference has none.
 
   Raises:
     ValueError: the problem is not from a `ReasoningGymTask`.
@@ -118,8 +119,8 @@ def family_score(
     return 0.0
   if problem.answer.isascii() and has_foreign_digits(answer):
     return 0.0
-  score = min(1.0, max(0.0, _score_by_family(family, problem, answer)))
-  return float(score == 1.0) if strict else score
+  score = _score_by_family(family, problem, answer)
+  return float(score == 1.0) if strict else min(1.0, max(0.0, score))
 
 
 def math_equal(
@@ -179,8 +180,8 @@ _CODE = re.compile(
 )
 
 
-# Families with a scorer of their own that only compares decimals.
-COMPARED = frozenset({"chain_sum", "products"})
+# Families with a scorer of their own that only compares decimals or letters.
+COMPARED = frozenset({"chain_sum", "products", "spell_backward"})
 
 
 def _score_by_family(family: str, problem: Problem, answer: str) -> float:

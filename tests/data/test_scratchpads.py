@@ -15,6 +15,7 @@ CONFIGS = {
   "base_conversion": {"min_value": 1, "max_base": 36},
   "count_bits": {},
   "letter_counting": {"min_words": 1},
+  "spell_backward": {},
 }
 
 
@@ -31,7 +32,7 @@ def test_families_score_the_worked_answer_1(label):
     entry["metadata"] = metadata["entry"]
     answer = solve(problem)[1]
     assert family.score_answer(answer, entry) == 1.0, (compact_prompt(problem), answer)
-    assert family.score_answer(answer + "1", entry) < 1.0  # the scorer can say no
+    assert family.score_answer(answer + "1", entry) != 1.0  # the scorer can say no
 
 
 def test_every_solver_is_scored_above():
@@ -85,6 +86,7 @@ def test_every_solver_is_scored_above():
       "Eel:2 the:3",
       "3",
     ),
+    (_problem("spell_backward", word="hypo"), "backward(hypo)=", "h1y2p3o4", "opyh"),
   ],
 )
 def test_worked_by_hand(problem, prompt, working, answer):

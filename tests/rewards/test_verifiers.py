@@ -171,6 +171,18 @@ def test_family_scorers_take_no_foreign_digits():
     assert family_score(Completion(problem, text, 1, StopReason.TOKEN)) == score
 
 
+def test_strict_takes_no_rounding_for_a_full_score():
+  """spell_backward gives a nine-letter word with more after it 9 * (1/9) = 1.0000000000000002."""
+  config = {"min_word_len": 9, "max_word_len": 9}
+  problem = ReasoningGymTask({"spell_backward": config}, seed=0, size=1)[0]
+  right, longer = (
+    Completion(problem, f"<answer>{problem.answer}{more}</answer>", 1, StopReason.TOKEN)
+    for more in ("", "x")
+  )
+  assert family_score(right, strict=True) == 1
+  assert family_score(longer, strict=True) == 0
+
+
 def test_family_score_needs_a_family():
   with pytest.raises(ValueError, match="problem 'p1': no 'family' in its metadata"):
     family_score(_tagged("5"))
