@@ -34,6 +34,10 @@ class Param(NamedTuple):
     """The row of `layers` such parameters on a leading `layer` axis."""
     return self._replace(shape=(layers, *self.shape), axes=("layer", *self.axes))
 
+  def unstack(self) -> "Param":
+    """The row of one of such stacked parameters."""
+    return self._replace(shape=self.shape[1:], axes=self.axes[1:])
+
 
 def is_param(x: Any) -> bool:
   """Whether x is a table row (a leaf of a table)."""

@@ -77,3 +77,26 @@ def _block(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Arr
   out = jnp.einsum("bgst,bgtk->bgsk", weights, v, preferred_element_type=jnp.float32)
   out = out.reshape(batch, groups, repeats, length, width) / total
   return jnp.where(seen.any(-1)[:, None, None, :, None], out, 0).astype(v.dtype)
+
+
+def cached_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, *, scale: float
+) -> jax.Array:
+  """Attention of one query per sequence over its cached keys at positions 0..position.
+
+  Args:
+    q: [B, H, K].
+    k, v: [B, G, T, K]; query head h reads key head h // (H / G).
+    position: [B] int32, of the query; its own key is in the cache.
+    scale: multiplies the scores.
+
+  Returns:
+    [B, H, K] in the dtype of v.
+  """
+  batch, groups, length, width = k.shape
+  q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, groups, -1, width)
+  scores = jnp.einsum("bgrk,bgtk->bgrt", q, k, preferred_element_type=jnp.float32)
+  seen = jnp.arange(length) <= position[:, None]
+  scores = jnp.where(seen[:, None, None], scores, MASKED)
+  weights = jax.nn.softmax(scores).astype(v.dtype)
+  return jnp.einsum("bgrt,bgtk->bgrk", weights, v).reshape(batch, -1, width)

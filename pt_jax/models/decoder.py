@@ -137,7 +137,10 @@ def attend_packed(c: ModelConfig, positions: jax.Array, segment_ids: jax.Array) 
   """Training attention: causal within the segments of a row. Keys are gathered over `context`."""
 
   def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-    queries, keys = USE.spec("batch", "seq", "heads", None), USE.spec("batch", None, "kv_heads", None)
+    queries, keys = (
+      USE.spec("batch", "seq", "heads", None),
+      USE.spec("batch", None, "kv_heads", None),
+    )
     row, whole_row = USE.spec("batch", "seq"), USE.spec("batch", None)
 
     def local(q, k, v, q_positions, q_segments, k_positions, k_segments):
@@ -175,13 +178,13 @@ def forward(
   Returns:
     [B, S, D] in the compute dtype. `models.logprobs` turns them into log-probs.
   """
-  rows, dtype = table(c), jnp.dtype(c.compute_dtype)
-  x = embed(weights.reshard(params["embed"], rows["embed"], USE), tokens, dtype)
+  rows = table(c)
+  x = embed(
+    weights.reshard(params["embed"], rows["embed"], USE), tokens, jnp.dtype(c.compute_dtype)
+  )
   angles = rope_angles(c, positions)
   attend = attend_packed(c, positions, segment_ids)
-  block_rows = weights.map_table(
-    lambda row: row._replace(shape=row.shape[1:], axes=row.axes[1:]), rows["blocks"]
-  )
+  block_rows = weights.map_table(Param.unstack, rows["blocks"])
 
   def layer(x: jax.Array, w: Params) -> tuple[jax.Array, None]:
     return block(x, weights.reshard(w, block_rows, USE), c, angles, attend)

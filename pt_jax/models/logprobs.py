@@ -66,10 +66,17 @@ def next_token_statistics(
 ) -> TokenStatistics:
   """`token_statistics` aligned with the token that is predicted: entry t speaks of tokens[:, t] given
   what stands before it. Entry 0 is 0, and so is meaningless at the first token of any segment."""
-  labels = jnp.roll(tokens, -1, axis=1)
-  stats = token_statistics(hidden, unembedding, labels, temperature=temperature, chunk=chunk)
+  stats = token_statistics(
+    hidden, unembedding, _shift(tokens, -1), temperature=temperature, chunk=chunk
+  )
   first = jnp.arange(tokens.shape[1]) == 0
-  return jax.tree.map(lambda x: jnp.where(first, 0, jnp.roll(x, 1, axis=1)), stats)
+  return jax.tree.map(lambda x: jnp.where(first, 0, _shift(x, 1)), stats)
+
+
+def _shift(x: jax.Array, by: int) -> jax.Array:
+  """x [B, S] rolled along S, which is whole meanwhile (JAX does not roll a split axis)."""
+  whole = jax.reshard(x, USE.spec("batch", None))
+  return jax.reshard(jnp.roll(whole, by, axis=1), USE.spec("batch", "seq"))
 
 
 def _divisor(size: int, most: int) -> int:
@@ -113,7 +120,9 @@ def _measure(h, labels, temperature, part):
   p = jnp.exp(z - top[:, None])
   hit = first + jnp.arange(z.shape[1]) == labels[:, None]
   label = jnp.where(hit, z, 0).sum(-1)
-  return _Partial(top, p.sum(-1), (p * z).sum(-1), label, first + jnp.argmax(z, -1).astype(jnp.int32))
+  return _Partial(
+    top, p.sum(-1), (p * z).sum(-1), label, first + jnp.argmax(z, -1).astype(jnp.int32)
+  )
 
 
 def _merge(a: _Partial, b: _Partial) -> _Partial:
@@ -177,8 +186,6 @@ def _backward(temperature, chunk, saved, cotangents):
   for axis in whole:  # one at a time: JAX refuses a mix of axes that dw varies over and does not
     dw = jax.lax.psum(dw, axis)
   return dh, dw.reshape(w.shape).astype(w.dtype), None
-
-
 
 
 _statistics.defvjp(_forward, _backward)

@@ -2,9 +2,18 @@
 
 import dataclasses
 import enum
+from typing import Protocol
 
 import flax.struct
 import jax
+
+
+class Detokenizer(Protocol):
+  """Turns tokens to text as they come, never showing half a character."""
+
+  def push(self, token: int) -> str:
+    """The text that became certain with this token."""
+    ...
 
 
 class StopReason(enum.IntEnum):

@@ -1,0 +1,170 @@
+"""What a config function returns: an `Experiment`, a sequence of stages on one model, mesh and tokenizer.
+
+Everything here is a frozen dataclass of plain values and module-level functions (or `functools.partial`s
+of them), so that what ran can be written down beside the run and compared with another run.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pt_jax.data.mixtures import Mixture
+from pt_jax.data.packing import Example
+from pt_jax.data.pipeline import Layout
+from pt_jax.data.sources import Source
+from pt_jax.data.tasks import Problem, Task
+from pt_jax.data.tokenizers import Tokenizer
+from pt_jax.losses.objective import Objective
+from pt_jax.losses.reduce import Reduction
+from pt_jax.models.config import ModelConfig
+from pt_jax.rewards.stack import RewardStack
+from pt_jax.rollout.rollouts import SamplingParams
+from pt_jax.steps.optimizer import AdamW
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+  """Sizes of the mesh axes; one of them may be -1, all devices that are left."""
+
+  data: int = -1
+  context: int = 1
+  expert: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedData:
+  """What a supervised stage trains on, made from the tokenizer by the stage's `data` function."""
+
+  train: Mixture
+  held_out: Source
+  encode: Callable[[Mapping[str, Any]], Example]  # one row to its tokens and target mask
+  prompts: Sequence[Sequence[int]] = ()  # encoded prompts that periodic samples answer
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStop:
+  """Ends a stage when a logged metric has been out of bounds for `patience` loggings in a row."""
+
+  metric: str  # e.g. "eval/nats_per_token", "loss/entropy", "samples/template_leakage"
+  above: float | None = None  # out of bounds over this
+  below: float | None = None  # out of bounds under this
+  rises: bool = False  # out of bounds when higher than the lowest value so far
+  patience: int = 1
+
+  def __post_init__(self):
+    if (self.above is None) and (self.below is None) and not self.rises:
+      raise ValueError(f"early stop on {self.metric}: give above, below or rises")
+    if self.patience < 1:
+      raise ValueError(f"early stop on {self.metric}: patience must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised:
+  """Supervised fine-tuning. Steps are optimizer updates."""
+
+  name: str
+  data: Callable[[Tokenizer], SupervisedData]
+  layout: Layout  # rows per batch (all hosts) and tokens per row
+  optimizer: AdamW  # its `steps` is the length of the stage
+  reduction: Reduction = "token_mean"
+  microbatches: int = 1
+  log_every: int = 1
+  evaluate_every: int = 0  # held-out evaluation; 0: only at the end
+  checkpoint_every: int = 0  # 0: only at the end
+  sample_every: int = 0  # periodic completions of `data.prompts`; 0: never
+  sampling: SamplingParams | None = None  # of the periodic samples
+  stop: tuple[EarlyStop, ...] = ()
+
+  def __post_init__(self):
+    if self.layout.batch_size % self.microbatches:
+      raise ValueError(
+        f"stage {self.name}: microbatches ({self.microbatches}) must divide batch_size "
+        f"({self.layout.batch_size})"
+      )
+    if self.sample_every and self.sampling is None:
+      raise ValueError(f"stage {self.name}: sample_every needs sampling")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problems:
+  """Problems that are trained on and problems that are not, and how one becomes a prompt."""
+
+  train: Task
+  held_out: Task
+  encode: Callable[[Problem], Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Online:
+  """Reinforcement learning from verifiable rewards. A step is one batch of fresh rollouts."""
+
+  name: str
+  problems: Callable[[Tokenizer], Problems]
+  rewards: Callable[[], RewardStack]
+  objective: Objective
+  sampling: SamplingParams
+  optimizer: AdamW  # its `steps` counts updates: steps * epochs * minibatches
+  steps: int
+  prompts: int  # per step
+  group_size: int  # completions per prompt
+  rows: int  # packed rows of one minibatch (all hosts)
+  row_length: int
+  epochs: int = 1  # passes over the rollouts of a step
+  minibatches: int = 1  # updates per pass
+  microbatches: int = 1  # gradient accumulation within an update
+  slots: int = 64  # completions decoded at once
+  resample_limit: int = 4  # dynamic sampling: batches of prompts drawn at most per step
+  evaluate_every: int = 0  # held-out pass@1, greedy; 0: only at the end
+  evaluate_problems: int = 512
+  checkpoint_every: int = 0  # 0: only at the end
+  sample_rows: int = 4  # completions written to samples.jsonl per step
+
+  def __post_init__(self):
+    for field in ("steps", "prompts", "group_size", "rows", "row_length", "epochs", "slots"):
+      if getattr(self, field) < 1:
+        raise ValueError(f"stage {self.name}: {field} must be positive")
+    if self.rows % self.microbatches:
+      raise ValueError(
+        f"stage {self.name}: microbatches ({self.microbatches}) must divide rows ({self.rows})"
+      )
+    if self.prompts % self.minibatches:
+      raise ValueError(
+        f"stage {self.name}: minibatches ({self.minibatches}) must divide prompts ({self.prompts})"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+  """Held-out pass@1 (greedy) and mean reward of what the stage before left; trains nothing."""
+
+  name: str
+  problems: Callable[[Tokenizer], Problems]
+  rewards: Callable[[], RewardStack]
+  sampling: SamplingParams
+  count: int = 512  # problems
+  slots: int = 64
+
+
+Stage = Supervised | Online | Evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A pipeline of stages; each starts from the parameters that the one before left."""
+
+  name: str
+  stages: tuple[Stage, ...]
+  tokenizer: Callable[[], Tokenizer]
+  model: ModelConfig | None = None  # from scratch; or
+  checkpoint: str | None = None  # a folder in HF format, its config and its weights
+  mesh: MeshShape = MeshShape()
+  zero: int = 1
+  seed: int = 0
+
+  def __post_init__(self):
+    if (self.model is None) == (self.checkpoint is None):
+      raise ValueError(f"experiment {self.name}: give either model or checkpoint")
+    names = [stage.name for stage in self.stages]
+    if not names or len(set(names)) < len(names):
+      raise ValueError(f"experiment {self.name}: stages need distinct names, found {names}")

@@ -1,0 +1,424 @@
+"""The rollout engine: prompts to completions, on the blocks of the training model.
+
+Completions are decoded in N slots at once. A slot whose completion ends is given the next request, so short
+answers do not wait for long ones. Every request draws from its own key, folded with the position, so what it
+samples does not depend on which slot it sat in or what sat beside it.
+
+The host sees a slot only between launches; a launch decodes until enough slots are free to be worth a refill,
+or `LAUNCH` tokens have been drawn. Stop tokens and limits are checked on the device, stop strings on the host.
+
+Left out on purpose: pages, prefix caching and chunked prefill. A prompt of n samples is prefilled once per
+refill. The paged engine keeps this interface.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pt_jax import weights
+from pt_jax.models import decoder
+from pt_jax.models.config import ModelConfig
+from pt_jax.rollout import cache as kv
+from pt_jax.rollout.rollouts import Detokenizer, Rollouts, SamplingParams, StopReason
+from pt_jax.rollout.sampling import sample
+from pt_jax.sharding import USE, P
+from pt_jax.weights import Param, Params
+
+LAUNCH = 64  # tokens per slot and launch at most
+REFILL = 8  # a launch ends when one slot in so many is free and requests wait
+ROUND = (
+  16  # prompt and cache lengths are rounded up to multiples, so that few programs are compiled
+)
+
+
+@flax.struct.dataclass
+class Slots:
+  """What the device knows of the N completions in flight."""
+
+  cache: kv.Cache
+  token: jax.Array  # [N] int32, drawn and not yet read
+  position: jax.Array  # [N] int32, where that token stands
+  end: jax.Array  # [N] int32, position that a completion may not reach
+  request: jax.Array  # [N] int32, folded into the key
+  active: jax.Array  # [N] bool
+
+
+@flax.struct.dataclass
+class Drawn:
+  """Tokens of one launch; entries past `count` are 0."""
+
+  tokens: jax.Array  # [N, LAUNCH] int32
+  logprobs: jax.Array  # [N, LAUNCH] float32
+  count: jax.Array  # [N] int32
+
+
+@dataclasses.dataclass
+class Request:
+  """One completion on the host."""
+
+  prompt: int  # index
+  tokens: list[int]
+  logprobs: list[float]
+  version: list[int]
+  stop: StopReason | None = None
+
+
+@dataclasses.dataclass
+class EngineFigures:
+  """Counters since the engine was made."""
+
+  generated: int = 0  # tokens drawn
+  prefilled: int = 0  # prompt tokens computed
+  launches: int = 0
+  seconds: float = 0.0  # in `generate`
+
+
+class Engine:
+  """Generates completions under the weights given last."""
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    params: Params,
+    *,
+    slots: int,
+    max_length: int,
+    detokenizer: type[Detokenizer] | Any = None,
+    version: int = 0,
+  ):
+    """Call it, and everything else, inside `jax.set_mesh`.
+
+    Args:
+      config: of the model.
+      params: of `decoder.table(config)`, wherever the trainer keeps them.
+      slots: completions decoded at once; a multiple of the mesh's batch axes.
+      max_length: tokens that a prompt and its completion may have together.
+      detokenizer: makes an object with `push(token) -> str`; needed for stop strings.
+      version: of the weights.
+    """
+    self.config, self.slots, self.max_length = config, slots, max_length
+    self.figures = EngineFigures()
+    self._detokenizer = detokenizer
+    self._prepare = jax.jit(functools.partial(_use_layout, config=config))
+    self.update(params, version)
+
+  def update(self, params: Params, version: int) -> None:
+    """Takes new weights: a reshard from where the trainer keeps them to where they are used."""
+    self._weights = self._prepare(params)
+    self.version = version
+
+  def generate(
+    self,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    *,
+    key: jax.Array,
+    n: int = 1,
+  ) -> Rollouts:
+    """n completions of every prompt; row i * n + j is sample j of prompt i.
+
+    Args:
+      prompts: token ids, each at least one.
+      sampling: how to draw, and when to stop.
+      key: PRNG key; the same key, weights and prompts give the same completions.
+      n: completions per prompt.
+
+    Raises ValueError for an empty prompt, one that leaves no room for a token, or stop strings
+    without a detokenizer.
+    """
+    self._check(prompts, sampling)
+    start = time.perf_counter()
+    longest = max(map(len, prompts))
+    width = min(self.max_length, -(-(longest + sampling.max_tokens) // ROUND) * ROUND)
+    requests = [Request(i // n, [], [], []) for i in range(len(prompts) * n)]
+    self._run(requests, prompts, sampling, key, longest, width)
+    self.figures.generated += sum(len(r.tokens) for r in requests)
+    self.figures.seconds += time.perf_counter() - start
+    return _rollouts(requests, prompts)
+
+  def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
+    if sampling.stop_strings and self._detokenizer is None:
+      raise ValueError("generate: stop strings need an engine with a detokenizer")
+    for i, prompt in enumerate(prompts):
+      if not 0 < len(prompt) < self.max_length:
+        raise ValueError(
+          f"generate: prompt {i} has {len(prompt)} tokens, expected 1 to {self.max_length - 1} "
+          "(the engine's max_length, less one to draw)"
+        )
+
+  def _run(self, requests, prompts, sampling, key, longest, width) -> None:
+    """The schedule: fill free slots, launch, collect, until no request is left."""
+    state = _empty_slots(self.config, self.slots, width)
+    seated: list[int | None] = [None] * self.slots
+    waiting = list(range(len(requests)))[::-1]
+    texts = {}
+    stop_tokens = jnp.asarray(sampling.stop_tokens or (-1,), jnp.int32)
+    options = dataclasses.replace(sampling, max_tokens=1, stop_tokens=(), stop_strings=())
+    while waiting or any(seat is not None for seat in seated):
+      free = [slot for slot, seat in enumerate(seated) if seat is None]
+      if waiting and free:
+        fill = self._seat(free, seated, waiting, requests, prompts, sampling, longest, width)
+        state = _prefill(self._weights, state, fill, config=self.config)
+      gone = np.array([seat is None for seat in seated])
+      spare = max(1, self.slots // REFILL) if waiting else self.slots
+      state, drawn = _launch(
+        self._weights,
+        state,
+        jnp.asarray(gone),
+        jnp.int32(min(spare + int(gone.sum()), self.slots)),
+        key,
+        stop_tokens,
+        config=self.config,
+        options=options,
+      )
+      self.figures.launches += 1
+      self._collect(jax.device_get(drawn), seated, requests, sampling, prompts, texts)
+
+  def _seat(self, free, seated, waiting, requests, prompts, sampling, longest, width) -> "Fill":
+    """Gives free slots to waiting requests; returns what the prefill has to know, padded."""
+    rows: dict[int, int] = {}
+    source = np.full(self.slots, -1, np.int32)
+    end, request = np.zeros(self.slots, np.int32), np.zeros(self.slots, np.int32)
+    for slot in free:
+      if not waiting:
+        break
+      index = waiting.pop()
+      prompt = requests[index].prompt
+      seated[slot] = index
+      source[slot] = rows.setdefault(prompt, len(rows))
+      end[slot] = min(len(prompts[prompt]) + sampling.max_tokens, width)
+      request[slot] = index
+    count = min(self.slots, 4 ** int(np.ceil(np.log(len(rows)) / np.log(4) - 1e-9)))
+    count = -(-max(count, len(rows)) // _batch_parts()) * _batch_parts()
+    tokens = np.zeros((count, -(-longest // ROUND) * ROUND), np.int32)
+    length = np.ones(count, np.int32)
+    for prompt, row in rows.items():
+      tokens[row, : len(prompts[prompt])] = prompts[prompt]
+      length[row] = len(prompts[prompt])
+      self.figures.prefilled += len(prompts[prompt])
+    return Fill(*(jnp.asarray(x) for x in (tokens, length, source, end, request)))
+
+  def _collect(self, drawn: Drawn, seated, requests, sampling, prompts, texts) -> None:
+    """Hands drawn tokens to their requests and frees the slots whose completion ended."""
+    for slot, index in enumerate(seated):
+      if index is None:
+        continue
+      request = requests[index]
+      tokens = drawn.tokens[slot, : drawn.count[slot]].tolist()
+      logprobs = drawn.logprobs[slot, : drawn.count[slot]].tolist()
+      for token, logprob in zip(tokens, logprobs):
+        request.tokens.append(token)
+        request.logprobs.append(logprob)
+        request.version.append(self.version)
+        request.stop = self._stop(request, index, token, sampling, prompts, texts)
+        if request.stop is not None:
+          seated[slot] = None
+          break
+
+  def _stop(self, request, index, token, sampling, prompts, texts) -> StopReason | None:
+    if token in sampling.stop_tokens:
+      return StopReason.TOKEN
+    if sampling.stop_strings:
+      detokenizer, text = texts.get(index) or (self._detokenizer(), "")
+      text += detokenizer.push(token)
+      texts[index] = detokenizer, text
+      if any(string in text for string in sampling.stop_strings):
+        return StopReason.STRING
+    if len(request.tokens) == sampling.max_tokens:
+      return StopReason.LENGTH
+    if len(prompts[request.prompt]) + len(request.tokens) >= self.max_length:
+      return StopReason.BUDGET
+    return None
+
+
+@flax.struct.dataclass
+class Fill:
+  """A refill: R prompt rows, and which of the N slots begins with which."""
+
+  tokens: jax.Array  # [R, P] int32, right-padded
+  length: jax.Array  # [R] int32
+  source: jax.Array  # [N] int32, row of the prompt, -1 for slots that go on
+  end: jax.Array  # [N] int32
+  request: jax.Array  # [N] int32
+
+
+def _batch_parts() -> int:
+  mesh = jax.sharding.get_abstract_mesh().shape
+  return mesh["data"] * mesh["expert"]
+
+
+def _use_layout(params: Params, *, config: ModelConfig) -> Params:
+  """Parameters where they are used, blocks as a list of layers, matrices in the compute dtype."""
+  table = decoder.table(config)
+  rows = {"embed": table["embed"], "final_norm": table["final_norm"]}
+  top = {name: weights.reshard(params[name], row, USE) for name, row in rows.items()}
+  top["unembed"] = decoder.unembedding(params, config)
+  whole = weights.reshard(params["blocks"], table["blocks"], USE)
+  layer = lambda i: jax.tree.map(lambda w: w[i], whole)
+  return top | {"blocks": [layer(i) for i in range(config.layers)]}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty_slots(config: ModelConfig, slots: int, length: int) -> Slots:
+  zeros = lambda dtype: jnp.zeros(slots, dtype, out_sharding=USE.spec("batch"))
+  numbers = [zeros(jnp.int32) for _ in range(4)]
+  return Slots(kv.empty(config, slots, length), *numbers, zeros(bool))
+
+
+def _draw(w, hidden, request, position, key, options: SamplingParams):
+  """Logits of hidden [N, D], and a token of each row, drawn by the key of (request, position)."""
+  logits = jnp.einsum(
+    "nd,vd->nv", hidden, w["unembed"].astype(hidden.dtype), preferred_element_type=jnp.float32
+  )
+
+  def local(logits, request, position, key_data):
+    own = lambda r, p: jax.random.fold_in(
+      jax.random.fold_in(jax.random.wrap_key_data(key_data), r), p
+    )
+    return sample(logits, jax.vmap(own)(request, position), options)
+
+  row = USE.spec("batch")
+  specs = (USE.spec("batch", None), row, row, P(None))
+  logits = jax.reshard(logits, specs[0])
+  mapped = jax.shard_map(local, in_specs=specs, out_specs=(row, row), check_vma=False)
+  return mapped(logits, request, position, jax.random.key_data(key))
+
+
+def _layers(w: Params, c: ModelConfig, x: jax.Array, angles: Any, attend: Any) -> Any:
+  """All blocks, one after the other; `attend(i)` is the attention of layer i."""
+  kept = []
+  for i, layer in enumerate(w["blocks"]):
+    x, own = decoder.block(x, layer, c, angles, attend(i))
+    kept.append(own)
+  return decoder.rms_norm(x, w["final_norm"], c.norm_epsilon), kept
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnums=1)
+def _prefill(w: Params, state: Slots, fill: Fill, *, config: ModelConfig) -> Slots:
+  """Reads the prompts of a refill and seats them. A slot begins with its last prompt token unread: the
+  next launch reads it (its keys are then written a second time) and draws what follows."""
+  tokens = jax.reshard(fill.tokens, USE.spec("batch", "seq"))
+  index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  positions = jax.reshard(index, USE.spec("batch", "seq"))
+  length = jax.reshard(fill.length, USE.spec("batch"))
+  segments = jnp.where(positions < length[:, None], 0, -1)
+  packed = decoder.attend_packed(config, positions, segments)
+
+  def attend(_: int) -> decoder.Attend:
+    return lambda q, k, v: (packed(q, k, v)[0], (k, v))
+
+  x = decoder.embed(w["embed"], tokens, jnp.dtype(config.compute_dtype))
+  _, kept = _layers(w, config, x, decoder.rope_angles(config, positions), attend)
+  slot = lambda x: jax.reshard(x, USE.spec("batch"))
+  source, begins = slot(fill.source), slot(fill.source) >= 0
+  last = fill.length - 1
+  row = jnp.maximum(fill.source, 0)
+  token = slot(fill.tokens[row, last[row]])
+  take = lambda new, old: jnp.where(begins, new, old)
+  insert = lambda old, new: tuple(kv.insert(o, n, source) for o, n in zip(old, new))
+  return Slots(
+    cache=kv.Cache(
+      insert(state.cache.keys, [k for k, _ in kept]),
+      insert(state.cache.values, [v for _, v in kept]),
+    ),
+    token=take(token, state.token),
+    position=take(slot(last[row]), state.position),
+    end=take(slot(fill.end), state.end),
+    request=take(slot(fill.request), state.request),
+    active=state.active | begins,
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "options"), donate_argnums=1)
+def _launch(
+  w: Params,
+  state: Slots,
+  gone: jax.Array,
+  enough: jax.Array,
+  key: jax.Array,
+  stop_tokens: jax.Array,
+  *,
+  config: ModelConfig,
+  options: SamplingParams,
+) -> tuple[Slots, Drawn]:
+  """Draws up to LAUNCH tokens per active slot, until `enough` slots are free.
+
+  Args:
+    w: weights of `_use_layout`.
+    state: the slots.
+    gone: [N] bool, slots that the host has freed.
+    enough: [] int32, free slots at which to return.
+    key: PRNG key of this `generate`.
+    stop_tokens: [K] int32.
+    config: the model. Static.
+    options: how to draw. Static.
+  """
+  slots = state.token.shape[0]
+  zeros = lambda dtype: jnp.zeros((slots, LAUNCH), dtype, out_sharding=USE.spec("batch", None))
+  count = jnp.zeros(slots, jnp.int32, out_sharding=USE.spec("batch"))
+  gone = jax.reshard(gone, USE.spec("batch"))
+  state = state.replace(active=state.active & ~gone)
+  start = (jnp.int32(0), state, Drawn(zeros(jnp.int32), zeros(jnp.float32), count))
+
+  def unfinished(carry: tuple[jax.Array, Slots, Drawn]) -> jax.Array:
+    step, state, _ = carry
+    return (step < LAUNCH) & (jnp.sum(~state.active) < enough)
+
+  def step(carry: tuple[jax.Array, Slots, Drawn]) -> tuple[jax.Array, Slots, Drawn]:
+    i, state, drawn = carry
+    hidden, cache = _read(w, state, config)
+    position = state.position + 1
+    token, logprob = _draw(w, hidden, state.request, position, key, options)
+    put = lambda into, x: into.at[:, i].set(jnp.where(state.active, x, 0))
+    drawn = Drawn(
+      put(drawn.tokens, token),
+      put(drawn.logprobs, logprob),
+      drawn.count + state.active.astype(jnp.int32),
+    )
+    ends = (token[:, None] == stop_tokens).any(-1) | (position + 1 >= state.end)
+    go_on = state.active & ~ends
+    state = state.replace(
+      cache=cache,
+      token=jnp.where(go_on, token, state.token),
+      position=jnp.where(go_on, position, state.position),
+      active=go_on,
+    )
+    return i + 1, state, drawn
+
+  _, state, drawn = jax.lax.while_loop(unfinished, step, start)
+  whole = lambda x: jax.reshard(x, P(*(None,) * x.ndim))  # every host reads every token
+  return state, jax.tree.map(whole, drawn)
+
+
+def _read(w: Params, state: Slots, c: ModelConfig) -> tuple[jax.Array, kv.Cache]:
+  """Reads the token of every slot: final hidden states [N, D] and the cache that now holds it."""
+  tokens, positions = state.token[:, None], state.position[:, None]
+  x = decoder.embed(w["embed"], tokens, jnp.dtype(c.compute_dtype))
+
+  def attend(i: int) -> decoder.Attend:
+    return kv.attend_cached(c, state.cache.keys[i], state.cache.values[i], state.position)
+
+  x, kept = _layers(w, c, x, decoder.rope_angles(c, positions), attend)
+  return x[:, 0], kv.Cache(tuple(k for k, _ in kept), tuple(v for _, v in kept))
+
+
+def _rollouts(requests: Sequence[Request], prompts: Sequence[Sequence[int]]) -> Rollouts:
+  """Finished requests as right-padded arrays, in NumPy."""
+  prompt_length = np.array([len(prompts[r.prompt]) for r in requests], np.int32)
+  length = prompt_length + np.array([len(r.tokens) for r in requests], np.int32)
+  shape = (len(requests), int(length.max()))
+  tokens, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+  version = np.full(shape, -1, np.int32)
+  for i, r in enumerate(requests):
+    tokens[i, : prompt_length[i]] = prompts[r.prompt]
+    drawn = slice(prompt_length[i], length[i])
+    tokens[i, drawn], logprobs[i, drawn], version[i, drawn] = r.tokens, r.logprobs, r.version
+  stop = np.array([r.stop for r in requests], np.int8)
+  return Rollouts(tokens, prompt_length, length, logprobs, version, stop)
