@@ -108,25 +108,27 @@ class Online:
   steps: int
   prompts: int  # per step
   group_size: int  # completions per prompt
-  rows: int  # packed rows of one minibatch (all hosts)
-  row_length: int
+  rows: int  # packed rows of one microbatch (all hosts); an update takes as many as it needs
+  row_length: int  # also the longest prompt and completion together
   epochs: int = 1  # passes over the rollouts of a step
   minibatches: int = 1  # updates per pass
-  microbatches: int = 1  # gradient accumulation within an update
   slots: int = 64  # completions decoded at once
-  resample_limit: int = 4  # dynamic sampling: batches of prompts drawn at most per step
+  resample_limit: int = 4  # dynamic sampling: times that a step draws prompts, at most
   evaluate_every: int = 0  # held-out pass@1, greedy; 0: only at the end
   evaluate_problems: int = 512
   checkpoint_every: int = 0  # 0: only at the end
   sample_rows: int = 4  # completions written to samples.jsonl per step
 
   def __post_init__(self):
-    for field in ("steps", "prompts", "group_size", "rows", "row_length", "epochs", "slots"):
+    positive = ("steps", "prompts", "group_size", "rows", "row_length", "epochs", "minibatches")
+    for field in (*positive, "slots", "resample_limit"):
       if getattr(self, field) < 1:
         raise ValueError(f"stage {self.name}: {field} must be positive")
-    if self.rows % self.microbatches:
+    updates = self.steps * self.epochs * self.minibatches
+    if self.optimizer.steps != updates:
       raise ValueError(
-        f"stage {self.name}: microbatches ({self.microbatches}) must divide rows ({self.rows})"
+        f"stage {self.name}: optimizer.steps is {self.optimizer.steps}, expected {updates} (steps x "
+        "epochs x minibatches)"
       )
     if self.prompts % self.minibatches:
       raise ValueError(
@@ -137,6 +139,8 @@ class Online:
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
   """Held-out pass@1 (greedy) and mean reward of what the stage before left; trains nothing."""
+
+  # pass@1 is the mean score of the reward component named "correct".
 
   name: str
   problems: Callable[[Tokenizer], Problems]

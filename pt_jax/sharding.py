@@ -15,7 +15,7 @@ optimizer state live between uses. A transfer from one to the other is a `jax.re
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -134,3 +134,11 @@ def check_divides(name: str, shape: Sequence[int], axes: Axes, rules: Rules, mes
 def batch_spec(leading: int = 0) -> P:
   """The PartitionSpec of [B, S] token arrays, behind `leading` whole axes (microbatches)."""
   return P(*(None,) * leading, *USE.spec("batch", "seq"))
+
+
+def put(tree: Any, spec: P, mesh: Mesh) -> Any:
+  """Host arrays, the same on every host, onto the mesh; each device takes its own part."""
+  where = jax.sharding.NamedSharding(mesh, spec)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, where, lambda index, x=x: x[index]), tree
+  )

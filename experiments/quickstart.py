@@ -1,0 +1,105 @@
+"""From nothing to a model that reasons: SFT cold start with <think>, then GRPO, on a laptop.
+
+  make quickstart
+  python -m launch.local experiments.quickstart --seed 1
+"""
+
+import functools
+
+from pt_jax import recipes
+from pt_jax.data.pipeline import Layout
+from pt_jax.data.tokenizers import ByteTokenizer
+from pt_jax.experiment import EarlyStop, Experiment, Online, Supervised
+from pt_jax.losses import objective
+from pt_jax.models.config import ModelConfig
+from pt_jax.steps.optimizer import AdamW
+
+# Sums of two or three numbers with carries, words backwards, and Euclid's algorithm.
+FAMILIES = {
+  "chain_sum": {"weight": 2.0, "min_terms": 2, "max_terms": 2, "min_digits": 3, "max_digits": 4},
+  "spell_backward": {"min_word_len": 4, "max_word_len": 8},
+  "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 2, "max_value": 99},
+}
+TEMPLATE = "plain"
+
+
+def config(
+  *,
+  sft_steps: int = 150,
+  sft_lr: float = 2e-3,
+  grpo_steps: int = 100,
+  grpo_lr: float = 4e-4,
+  prompts: int = 32,
+  group_size: int = 8,
+  width: int = 128,
+  layers: int = 4,
+  seed: int = 0,
+) -> Experiment:
+  """A 1 M parameter byte-level Qwen-3-shaped decoder.
+
+  Args:
+    sft_steps: updates of the cold start.
+    sft_lr: its peak learning rate.
+    grpo_steps: steps of GRPO, one update each.
+    grpo_lr: its learning rate.
+    prompts: problems per GRPO step.
+    group_size: completions per problem.
+    width: of the residual stream.
+    layers: blocks.
+    seed: of initialisation, data order and sampling; the problems are the same for every seed.
+  """
+  tokenizer = ByteTokenizer()
+  data = {
+    "families": FAMILIES,
+    "template": TEMPLATE,
+    "size": 20_000,
+    "held_out": 512,
+    "seed": 0,
+  }
+  sampling = recipes.until_turn_ends(tokenizer, TEMPLATE, max_tokens=88)
+  return Experiment(
+    name="quickstart",
+    tokenizer=ByteTokenizer,
+    model=ModelConfig(
+      vocab_size=tokenizer.vocab_size,
+      width=width,
+      layers=layers,
+      heads=width // 64,
+      kv_heads=max(1, width // 128),
+      head_dim=64,
+      hidden=3 * width,
+      qk_norm=True,
+      tied_embeddings=True,
+      remat="none",
+      unroll=True,
+    ),
+    stages=(
+      Supervised(
+        name="sft",
+        data=functools.partial(recipes.demonstrations, **data, samples=16),
+        layout=Layout(batch_size=16, row_length=256),
+        optimizer=AdamW(sft_lr, steps=sft_steps, warmup=sft_steps // 10, weight_decay=0.01),
+        evaluate_every=50,
+        checkpoint_every=50,
+        sample_every=50,
+        sampling=sampling,
+        stop=(EarlyStop("eval/nats_per_token", rises=True, patience=2),),
+      ),
+      Online(
+        name="grpo",
+        problems=functools.partial(recipes.problems, **data),
+        rewards=recipes.correct_and_shaped,
+        objective=objective.dr_grpo(max_length=88),
+        sampling=sampling,
+        optimizer=AdamW(grpo_lr, steps=grpo_steps, warmup=5, final_scale=0.2),
+        steps=grpo_steps,
+        prompts=prompts,
+        group_size=group_size,
+        rows=16,
+        row_length=256,
+        checkpoint_every=25,
+        evaluate_every=50,
+      ),
+    ),
+    seed=seed,
+  )

@@ -1,0 +1,111 @@
+"""What config functions hand to stages: demonstrations, problems and rewards of procedural tasks.
+
+Bind their options with `functools.partial`; the tokenizer comes when the stage starts.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from pt_jax.data.chat import encode_prompt
+from pt_jax.data.chat_templates import load_template
+from pt_jax.data.masks import encode_chat, stop_tokens
+from pt_jax.data.mixtures import Mixture
+from pt_jax.data.packing import Example
+from pt_jax.data.scratchpads import compact_prompt, demonstration
+from pt_jax.data.sources import MemorySource
+from pt_jax.data.tasks import Problem, ReasoningGymTask, assert_disjoint, exclude
+from pt_jax.data.tokenizers import Tokenizer
+from pt_jax.experiment import Problems, SupervisedData
+from pt_jax.rewards.stack import Component, RewardStack
+from pt_jax.rewards.verifiers import family_score, think_answer
+from pt_jax.rollout.rollouts import SamplingParams
+
+Families = Mapping[str, Mapping[str, Any]]
+
+
+def problems(
+  tokenizer: Tokenizer,
+  *,
+  families: Families,
+  template: str,
+  size: int,
+  held_out: int,
+  seed: int,
+) -> Problems:
+  """Procedural problems in their compact form, held-out ones removed from the others by their text.
+
+  Args:
+    tokenizer: encodes prompts.
+    families: of `ReasoningGymTask`.
+    template: name of the chat template.
+    size: problems drawn to train on; those that are held out are then taken from them.
+    held_out: problems never trained on.
+    seed: of the draws; held-out problems are those of `seed + 1`.
+  """
+  draw = functools.partial(ReasoningGymTask, families, prompt=compact_prompt)
+  kept_back = draw(seed=seed + 1, size=held_out)
+  train = exclude(draw(seed=seed, size=size), kept_back)
+  assert_disjoint(train, kept_back)
+  chat = load_template(template, tokenizer=tokenizer)
+
+  def encode(problem: Problem) -> np.ndarray:
+    turn = {"role": "user", "content": problem.prompt}
+    return encode_prompt([turn], tokenizer, chat, where=problem.id)
+
+  return Problems(train, kept_back, encode)
+
+
+def demonstrations(
+  tokenizer: Tokenizer,
+  *,
+  families: Families,
+  template: str,
+  size: int,
+  held_out: int,
+  seed: int,
+  samples: int,
+) -> SupervisedData:
+  """Worked solutions of the problems of `problems` (same arguments): a cold start imitates them.
+
+  Args:
+    tokenizer: encodes.
+    families, template, size, held_out, seed: as in `problems`; held-out rows are the held-out ones.
+    samples: held-out prompts that periodic samples answer.
+  """
+  task = problems(
+    tokenizer, families=families, template=template, size=size, held_out=held_out, seed=seed
+  )
+  chat = load_template(template, tokenizer=tokenizer)
+  row = lambda p: {"id": p.id, "prompt": p.prompt, "answer": demonstration(p)}
+
+  def encode(row: Mapping[str, Any]) -> Example:
+    turns = [
+      {"role": "user", "content": row["prompt"]},
+      {"role": "assistant", "content": row["answer"]},
+    ]
+    encoded = encode_chat(turns, tokenizer, chat, where=row["id"])
+    return Example(encoded.tokens, encoded.mask)
+
+  train = Mixture({"demonstrations": MemorySource([row(p) for p in task.train])}, seed=seed)
+  kept_back = MemorySource([row(p) for p in task.held_out])
+  prompts = [task.encode(task.held_out[i]).tolist() for i in range(samples)]
+  return SupervisedData(train, kept_back, encode, prompts)
+
+
+def correct_and_shaped(shape: float = 0.1) -> RewardStack:
+  """1 for the right answer by the family's own scorer, and `shape` for think and answer tags."""
+  return RewardStack([
+    Component("correct", 1.0, functools.partial(family_score, strict=True)),
+    Component("format", shape, think_answer),
+  ])
+
+
+def until_turn_ends(
+  tokenizer: Tokenizer, template: str, max_tokens: int, **options: Any
+) -> SamplingParams:
+  """Sampling that stops at the tokens that end an assistant's turn in this template."""
+  ends = stop_tokens(tokenizer, load_template(template, tokenizer=tokenizer))
+  return SamplingParams(max_tokens=max_tokens, stop_tokens=ends, **options)
