@@ -1,0 +1,138 @@
+"""One SFT or GRPO update of a tiny model on any mesh, and the samples that it is done on."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from pt_jax import sharding, weights
+from pt_jax.data.batch import Batch, PolicyBatch
+from pt_jax.losses import objective
+from pt_jax.models import decoder
+from pt_jax.models.config import ModelConfig
+from pt_jax.steps.optimizer import AdamW
+from pt_jax.steps.policy import policy_step
+from pt_jax.steps.state import TrainState, Updater
+from pt_jax.steps.supervised import sft_step
+
+# Every axis that a mesh splits is a multiple of 8. A chunk of 16 gives 4 chunks of the vocabulary
+# on one device and 1 on a tensor axis of 8.
+MODEL = ModelConfig(
+  vocab_size=64,
+  width=32,
+  layers=2,
+  heads=16,
+  kv_heads=8,
+  head_dim=4,
+  hidden=64,
+  qk_norm=True,
+  attention_bias=True,
+  vocab_chunk=16,
+)
+LENGTH = 16
+SAMPLES = 64  # one a row: 64 rows; two a row: 32, which 8 devices and 4 microbatches divide
+# Adam divides by sqrt(v) + epsilon: with the usual 1e-8 a gradient of 1e-9, which is rounding
+# noise, moves its parameter as far as any other. 1e-3 keeps the update as well conditioned as the
+# gradient.
+ADAM = AdamW(1e-2, steps=10, weight_decay=0.1, epsilon=1e-3, clip_norm=0.5)
+
+
+class Case(NamedTuple):
+  """One way to run the update; the result must not depend on anything but `kind`."""
+
+  kind: str  # sft or grpo
+  mesh: tuple[int, int, int, int]  # data, context, expert, tensor
+  zero: int
+  microbatches: int
+  layout: str  # packed or unpacked
+
+
+class Outcome(NamedTuple):
+  """What an update leaves behind."""
+
+  state: TrainState
+  metrics: dict[str, jax.Array]
+
+
+def samples() -> list[dict[str, np.ndarray]]:
+  """Token fields of samples of 2 to 8 tokens; the first token or more is the prompt."""
+  rng = np.random.default_rng(0)
+  made = []
+  for index in range(SAMPLES):
+    size = 2 + index % 7
+    mask = (np.arange(size) >= rng.integers(1, size)).astype(np.float32)
+    noise = lambda scale: (rng.normal(scale=scale, size=size) * mask).astype(np.float32)  # noqa: B023
+    uniform = -np.log(MODEL.vocab_size) * mask
+    made.append(
+      {
+        "tokens": rng.integers(0, MODEL.vocab_size, size, dtype=np.int32),
+        "positions": np.arange(size, dtype=np.int32),
+        "mask": mask,
+        "advantages": noise(1.0),
+        "old_logprobs": (uniform + noise(0.3)).astype(np.float32),
+        "sampler_logprobs": (uniform + noise(0.3)).astype(np.float32),
+        "reference_logprobs": (uniform + noise(0.3)).astype(np.float32),
+      }
+    )
+  return made
+
+
+def lay_out(per_row: int) -> dict[str, np.ndarray]:
+  """Field -> [B, S], `per_row` samples in each row, and their segment ids."""
+  made = samples()
+  rows = SAMPLES // per_row
+  batch = {k: np.zeros((rows, LENGTH), v.dtype) for k, v in made[0].items()}
+  batch["segment_ids"] = np.full((rows, LENGTH), -1, np.int32)
+  for row in range(rows):
+    start = 0
+    for segment, sample in enumerate(made[row::rows]):
+      place = slice(start, start + len(sample["tokens"]))
+      for name, values in sample.items():
+        batch[name][row, place] = values
+      batch["segment_ids"][row, place] = segment
+      start = place.stop
+  return batch
+
+
+def make_batch(case: Case) -> Batch | PolicyBatch:
+  """The samples as [A, B, S], laid out and split as the case says, on the mesh in context."""
+  fields = lay_out(2 if case.layout == "packed" else 1)
+  kind = Batch if case.kind == "sft" else PolicyBatch
+  batch = kind(**{k: fields[k] for k in kind.__dataclass_fields__})
+  batch = jax.tree.map(lambda x: x.reshape(case.microbatches, -1, LENGTH), batch)
+  return jax.device_put(batch, sharding.batch_spec(1))
+
+
+def make_mesh(shape: tuple[int, int, int, int]) -> jax.sharding.Mesh:
+  """A mesh over as many of the devices as it needs."""
+  return sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+
+
+def make_updater(stage: int) -> Updater:
+  """What all cases share but the layout of the state."""
+  return Updater(ADAM, decoder.table(MODEL), sharding.zero(stage))
+
+
+@functools.cache
+def initial_params() -> weights.Params:
+  """The weights that every case starts from, on the host."""
+  with jax.set_mesh(make_mesh((1, 1, 1, 1))):
+    init = lambda key: decoder.init(key, MODEL, sharding.USE)
+    return jax.device_get(jax.jit(init)(jax.random.key(0)))
+
+
+@functools.cache
+def update(case: Case) -> Outcome:
+  """One update from the same initial weights."""
+  with jax.set_mesh(make_mesh(case.mesh)):
+    updater = make_updater(case.zero)
+    if case.kind == "sft":
+      step = functools.partial(sft_step, reduction="token_mean")
+    else:
+      step = functools.partial(
+        policy_step, objective=objective.grpo(), temperature=0.8, first_update=False
+      )
+    step = functools.partial(step, config=MODEL, updater=updater)
+    state = jax.jit(updater.create)(initial_params())
+    return Outcome(*jax.jit(step, donate_argnums=0)(state, make_batch(case)))
