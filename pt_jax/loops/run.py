@@ -165,14 +165,19 @@ class Stage:
     saved = self._checkpoints.restore(state)
     return saved._replace(host=saved.host["host"])
 
-  def finish(self, params: Tree) -> None:
-    """Writes the stage's result; from then on the stage counts as done."""
+  def finish(self, params: Tree, results: Mapping[str, float] | None = None) -> None:
+    """Writes what the stage leaves, with figures for the report; it then counts as done."""
     self._checkpoints.wait()
-    checkpoint.save_params(self._params_folder, params, self._run.mark({}))
+    checkpoint.save_params(self._params_folder, params, self._run.mark(results or {}))
 
   def params(self, params: Tree) -> Tree:
     """The result of a finished stage on the shardings of `params`."""
     return checkpoint.restore_params(self._params_folder, params)
+
+  def results(self) -> dict[str, float]:
+    """The figures that a finished stage left."""
+    with Checkpointer(self._params_folder) as saved:
+      return saved.host()["host"]
 
   def close(self) -> None:
     """Waits for the checkpoint being written."""

@@ -1,0 +1,124 @@
+"""What can be wrong with an experiment, found before anything is compiled or written.
+
+A stage's data is opened and its first row encoded, so that a wrong path, field or template shows at
+once. Rows further on are checked when they are read.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import jax
+
+from pt_jax import sharding, weights
+from pt_jax.data import pipeline
+from pt_jax.data.sources import Source, Subset
+from pt_jax.data.tokenizers import Tokenizer
+from pt_jax.experiment import Evaluate, Online, Supervised
+from pt_jax.loops import supervised
+from pt_jax.loops.diagnostics import SAMPLE_METRICS
+from pt_jax.models.config import ModelConfig
+from pt_jax.sharding import USE
+from pt_jax.weights import Table
+
+
+def check_model(
+  config: ModelConfig,
+  table: Table,
+  layout: sharding.Layout,
+  tokenizer: Tokenizer,
+  mesh: jax.sharding.Mesh,
+) -> None:
+  """Raises ValueError when the tokenizer or the mesh does not fit the model."""
+  if config.vocab_size < tokenizer.vocab_size:
+    raise ValueError(
+      f"model: vocab_size: expected at least {tokenizer.vocab_size} (tokenizer {tokenizer.name}), "
+      f"found {config.vocab_size}"
+    )
+  for rules in (USE, *layout):
+    weights.check_mesh(table, rules, mesh)
+
+
+def check_stage(
+  stage: Supervised | Online | Evaluate,
+  config: ModelConfig,
+  table: Table,
+  tokenizer: Tokenizer,
+  mesh: jax.sharding.Mesh,
+) -> None:
+  """Raises ValueError naming the stage and what of it cannot run."""
+  try:
+    if isinstance(stage, Supervised):
+      stage.optimizer.transform(table)
+      _check_supervised(stage, config, tokenizer, mesh)
+    else:
+      if isinstance(stage, Online):
+        stage.optimizer.transform(table)
+        _check_rows(stage.rows, stage.row_length, config, mesh)
+      _check_problems(stage, tokenizer, config, mesh)
+  except ValueError as error:
+    raise ValueError(f"stage {stage.name}: {_without(stage.name, str(error))}") from error
+
+
+def _check_supervised(
+  stage: Supervised, config: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+) -> None:
+  rows = stage.layout.batch_size // stage.microbatches
+  _check_rows(rows, stage.layout.row_length, config, mesh)
+  logged = set(supervised.METRICS) | set(supervised.EVALUATION_METRICS)
+  logged |= set(SAMPLE_METRICS if stage.sample_every else ())
+  for rule in stage.stop:
+    if rule.metric not in logged:
+      names = ", ".join(sorted(logged))
+      raise ValueError(f"early stop: expected a metric among {names}, found {rule.metric!r}")
+  data = stage.data(tokenizer)
+  for source in (*data.train.sources.values(), data.held_out):
+    _check_first_row(source, data.encode, stage.layout)
+  if stage.sample_every:
+    assert stage.sampling is not None  # see `Supervised`
+    if not data.prompts:
+      raise ValueError("sample_every: expected data with prompts, found none")
+    _check_prompts(data.prompts, config.max_length, stage.sampling.max_tokens)
+
+
+def _check_rows(rows: int, length: int, config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+  sharding.check_divides("a microbatch", (rows, length), ("batch", "seq"), USE, mesh)
+  if length > config.max_length:
+    raise ValueError(
+      f"row_length: expected at most the model's max_length {config.max_length}, found {length}"
+    )
+
+
+def _check_first_row(source: Source, encode: pipeline.Encode, layout: pipeline.Layout) -> None:
+  """The first row can be encoded, and fits where a longer one would be an error."""
+  length = layout.row_length
+  if layout.too_long != "error":
+    length = max(length, len(encode(source[0]).tokens))
+  one = pipeline.Layout(batch_size=1, row_length=length)
+  next(iter(pipeline.eval_batches(Subset(source, [0]), encode, one)))
+
+
+def _check_prompts(prompts: Iterable[Sequence[int]], room: int, max_tokens: int) -> None:
+  """Every prompt has tokens, and `room` for them and for a completion."""
+  for i, prompt in enumerate(prompts):
+    if not 0 < len(prompt) <= room - max_tokens:
+      raise ValueError(
+        f"prompt {i}: expected 1 to {room - max_tokens} tokens ({max_tokens} of {room} are for the "
+        f"completion), found {len(prompt)}"
+      )
+
+
+def _check_problems(
+  stage: Online | Evaluate, tokenizer: Tokenizer, config: ModelConfig, mesh: jax.sharding.Mesh
+) -> None:
+  sharding.check_divides("slots", (stage.slots,), ("batch",), USE, mesh)
+  problems, _ = stage.problems(tokenizer), stage.rewards()
+  count = stage.evaluate_problems if isinstance(stage, Online) else stage.count
+  if len(problems.held_out) < count:
+    raise ValueError(f"held-out problems: expected {count}, found {len(problems.held_out)}")
+  room = stage.row_length if isinstance(stage, Online) else config.max_length
+  firsts = [problems.encode(task[0]) for task in (problems.train, problems.held_out) if len(task)]
+  _check_prompts(firsts, room, stage.sampling.max_tokens)
+
+
+def _without(stage: str, message: str) -> str:
+  """The message without the name of the stage, where it begins with it."""
+  return message.removeprefix(f"stage {stage}: ")

@@ -1,0 +1,135 @@
+"""An experiment from config to report: each stage starts from what the one before left."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import jax
+
+from pt_jax import sharding
+from pt_jax.experiment import Experiment, Online, Stage, Supervised
+from pt_jax.loops import report, run
+from pt_jax.loops.checks import check_model, check_stage
+from pt_jax.loops.context import Context, abstract_params, initial_params
+from pt_jax.loops.online import run_evaluate, run_online
+from pt_jax.loops.run import Run
+from pt_jax.loops.supervised import run_supervised
+from pt_jax.models import decoder, hf
+from pt_jax.weights import Params
+
+PICTURES = (
+  *report.PICTURES,
+  report.Picture(
+    "samples",
+    "Diversity and leakage of samples",
+    "share",
+    ("samples/distinct*", "samples/*diversity", "samples/*leakage"),
+  ),
+)
+
+
+Results = dict[str, dict[str, float]]  # stage name -> its figures
+
+
+class Finished(NamedTuple):
+  """What an experiment left."""
+
+  folder: Path  # of the run
+  results: Results
+  params: Params
+
+
+def run_experiment(
+  experiment: Experiment, *, runs: str | os.PathLike[str] = "runs", id: str, quiet: bool = False
+) -> Finished:
+  """Runs an experiment, or goes on with it where its folder `runs/NAME/id` says it was.
+
+  Args:
+    experiment: what to do.
+    runs: the folder of all runs.
+    id: of this run of the experiment.
+    quiet: no progress on the terminal.
+
+  Raises ValueError with one line: for what cannot work (tokenizer, checkpoint, mesh, data, stage)
+  before anything is compiled or written; for a loss that is not finite, before a checkpoint of it
+  is written.
+  """
+  tokenizer = experiment.tokenizer()
+  config = experiment.model or hf.read_config(cast(str, experiment.checkpoint))
+  table, layout = decoder.table(config), sharding.zero(experiment.zero)
+  mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
+  stages = [_opened_once(stage) for stage in experiment.stages]
+  context = functools.partial(
+    Context,
+    mesh=mesh,
+    tokenizer=tokenizer,
+    config=config,
+    table=table,
+    layout=layout,
+    seed=experiment.seed,
+    quiet=quiet,
+  )
+  with jax.set_mesh(mesh):
+    check_model(config, table, layout, tokenizer, mesh)
+    for stage in stages:
+      check_stage(stage, config, table, tokenizer, mesh)
+    loaded = None
+    if experiment.checkpoint is not None:
+      loaded = hf.load(experiment.checkpoint, config, mesh, layout.params)
+    with Run.open(runs, experiment.name, id, experiment) as opened:
+      params, results = _run_stages(opened, stages, context, loaded)
+      if jax.process_index() == 0:
+        rows = results_table(results)
+        report.write_report(opened.folder, f"{experiment.name} {id}", rows, PICTURES)
+  return Finished(opened.folder, results, params)
+
+
+def results_table(results: Results) -> list[dict[str, str | float | None]]:
+  """A row for every figure, a column for every stage."""
+  names = dict.fromkeys(name for figures in results.values() for name in figures)
+  return [
+    {"figure": name, **{stage: figures.get(name) for stage, figures in results.items()}}
+    for name in names
+  ]
+
+
+def _run_stages(
+  opened: Run, stages: Sequence[Stage], context: Callable[..., Context], params: Params | None
+) -> tuple[Params, Results]:
+  """Runs the stages that are not finished; the first from `params`, or from random ones if None."""
+  results: Results = {}
+  finished: run.Stage | None = None
+  for stage in stages:
+    handle = opened.stage(stage.name)
+    if handle.finished:
+      finished, params = handle, None
+      results[stage.name] = handle.results()
+      continue
+    given = context(stage=handle, params=None)
+    if params is None:
+      params = finished.params(abstract_params(given)) if finished else initial_params(given)
+    given = dataclasses.replace(given, params=params)
+    params, results[stage.name] = _run_stage(stage, given)
+    handle.finish(params, results[stage.name])
+  if params is None:
+    assert finished is not None  # there is at least one stage
+    params = finished.params(abstract_params(context(stage=finished, params=None)))
+  return params, results
+
+
+def _run_stage(stage: Stage, context: Context) -> tuple[Params, dict[str, float]]:
+  if isinstance(stage, Supervised):
+    return run_supervised(stage, context)
+  if isinstance(stage, Online):
+    return run_online(stage, context)
+  return run_evaluate(stage, context)
+
+
+def _opened_once(stage: Stage) -> Stage:
+  """The stage with its data function remembering what it opened: checks and loop share it."""
+  if isinstance(stage, Supervised):
+    return dataclasses.replace(stage, data=functools.cache(stage.data))
+  return dataclasses.replace(stage, problems=functools.cache(stage.problems))
