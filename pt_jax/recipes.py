@@ -1,10 +1,10 @@
-"""What config functions hand to stages: demonstrations, problems and rewards of procedural tasks.
+"""What config functions hand to stages: data, problems, rewards, small models.
 
 Bind their options with `functools.partial`; the tokenizer comes when the stage starts.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,15 @@ import numpy as np
 from pt_jax.data.chat import encode_prompt
 from pt_jax.data.chat_templates import load_template
 from pt_jax.data.masks import encode_chat, stop_tokens
+from pt_jax.data.messages import Message
 from pt_jax.data.mixtures import Mixture
 from pt_jax.data.packing import Example
 from pt_jax.data.scratchpads import compact_prompt, demonstration
-from pt_jax.data.sources import MemorySource
+from pt_jax.data.sources import MemorySource, Subset, open_source, split
 from pt_jax.data.tasks import Problem, ReasoningGymTask, assert_disjoint, exclude
 from pt_jax.data.tokenizers import Tokenizer
 from pt_jax.experiment import Problems, SupervisedData
+from pt_jax.models.config import ModelConfig
 from pt_jax.rewards.stack import Component, RewardStack
 from pt_jax.rewards.verifiers import family_score, think_answer
 from pt_jax.rollout.rollouts import SamplingParams
@@ -95,12 +97,75 @@ def demonstrations(
   return SupervisedData(train, kept_back, encode, prompts)
 
 
+def conversations(
+  tokenizer: Tokenizer,
+  *,
+  train: str,
+  messages: Callable[[Mapping[str, Any]], list[Message]],
+  fields: Sequence[str],
+  template: str,
+  held_out: int,
+  held_out_path: str | None = None,
+  samples: int = 0,
+  seed: int = 0,
+) -> SupervisedData:
+  """Rows of a file as chats, of which the assistant's turns are trained.
+
+  Args:
+    tokenizer: encodes.
+    train: a .jsonl, .json or .array_record file.
+    messages: a row to its chat, with the assistant's turn last.
+    fields: that every row must have.
+    template: name of the chat template; "tokenizer" is the one that came with the tokenizer.
+    held_out: rows to evaluate on: the first of `held_out_path`, else random ones of `train` that
+      are then not trained on.
+    held_out_path: a file of the same kind.
+    samples: held-out prompts that periodic samples answer.
+    seed: of the data order. The split does not depend on it.
+  """
+  chat = load_template(template, tokenizer=tokenizer)
+  source = open_source(train, fields)
+  if held_out_path is None:
+    source, kept_back = split(source, held_out)
+  else:
+    whole = open_source(held_out_path, fields)
+    kept_back = Subset(whole, range(min(held_out, len(whole))))
+
+  def encode(row: Mapping[str, Any]) -> Example:
+    encoded = encode_chat(messages(row), tokenizer, chat)
+    return Example(encoded.tokens, encoded.mask)
+
+  questions = [messages(kept_back[i])[:-1] for i in range(samples)]
+  prompts = [encode_prompt(question, tokenizer, chat).tolist() for question in questions]
+  return SupervisedData(Mixture({"train": source}, seed=seed), kept_back, encode, prompts)
+
+
+def small_decoder(vocab_size: int, *, width: int, layers: int, max_length: int) -> ModelConfig:
+  """A decoder in the shape of Qwen 3 with heads of 64, for training from scratch on a CPU."""
+  return ModelConfig(
+    vocab_size=vocab_size,
+    width=width,
+    layers=layers,
+    heads=width // 64,
+    kv_heads=max(1, width // 128),
+    head_dim=64,
+    hidden=3 * width,
+    max_length=max_length,
+    qk_norm=True,
+    tied_embeddings=True,
+    remat="none",
+    unroll=True,
+  )
+
+
 def correct_and_shaped(shape: float = 0.1) -> RewardStack:
   """1 for the right answer by the family's own scorer, and `shape` for think and answer tags."""
-  return RewardStack([
-    Component("correct", 1.0, functools.partial(family_score, strict=True)),
-    Component("format", shape, think_answer),
-  ])
+  return RewardStack(
+    [
+      Component("correct", 1.0, functools.partial(family_score, strict=True)),
+      Component("format", shape, think_answer),
+    ]
+  )
 
 
 def until_turn_ends(
