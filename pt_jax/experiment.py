@@ -1,7 +1,9 @@
-"""What a config function returns: an `Experiment`, a sequence of stages on one model, mesh and tokenizer.
+"""What a config function returns: an `Experiment`, a sequence of stages on one model, mesh and
+tokenizer.
 
-Everything here is a frozen dataclass of plain values and module-level functions (or `functools.partial`s
-of them), so that what ran can be written down beside the run and compared with another run.
+Everything here is a frozen dataclass of plain values and module-level functions (or
+`functools.partial`s of them), so that what ran can be written down beside the run and compared with
+another run.
 """
 
 import dataclasses
@@ -114,7 +116,7 @@ class Online:
   minibatches: int = 1  # updates per pass
   slots: int = 64  # completions decoded at once
   resample_limit: int = 4  # dynamic sampling: times that a step draws prompts, at most
-  evaluate_every: int = 0  # held-out pass@1, greedy; 0: only at the end
+  evaluate_every: int = 0  # held-out pass@1; 0: only at the end
   evaluate_problems: int = 512
   checkpoint_every: int = 0  # 0: only at the end
   sample_rows: int = 4  # completions written to samples.jsonl per step
@@ -127,8 +129,8 @@ class Online:
     updates = self.steps * self.epochs * self.minibatches
     if self.optimizer.steps != updates:
       raise ValueError(
-        f"stage {self.name}: optimizer.steps is {self.optimizer.steps}, expected {updates} (steps x "
-        "epochs x minibatches)"
+        f"stage {self.name}: optimizer.steps is {self.optimizer.steps}, expected {updates} "
+        "(steps x epochs x minibatches)"
       )
     if self.prompts % self.minibatches:
       raise ValueError(
@@ -138,9 +140,10 @@ class Online:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-  """Held-out pass@1 (greedy) and mean reward of what the stage before left; trains nothing."""
+  """Held-out pass@1 and mean reward of what the stage before left; trains nothing.
 
-  # pass@1 is the mean score of the reward component named "correct".
+  pass@1 is the mean score of the reward component named "correct".
+  """
 
   name: str
   problems: Callable[[Tokenizer], Problems]

@@ -1,15 +1,16 @@
 """The mesh, the logical axes, and the one mapping between them.
 
-Every mesh has the same four axes, every size 1 on one device, so no code asks whether there is a mesh:
+Every mesh has the same four axes, every size 1 on one device, so no code asks whether there is a
+mesh:
 
   data      the batch, and under ZeRO the width of parameters, gradients and optimizer state
   context   the sequence
   expert    the experts of a mixture; outside of one, the batch
   tensor    heads, MLP hidden units and the vocabulary
 
-Models name logical axes ("embed", "heads"...). `Rules` says which mesh axes each of them is split over.
-`USE` holds while a parameter is multiplied by; `zero(stage)` says where parameters, gradients and
-optimizer state live between uses. A transfer from one to the other is a `jax.reshard`.
+Models name logical axes ("embed", "heads"...). `Rules` says which mesh axes each of them is split
+over. `USE` holds while a parameter is multiplied by; `zero(stage)` says where parameters, gradients
+and optimizer state live between uses. A transfer from one to the other is a `jax.reshard`.
 """
 
 import dataclasses
@@ -41,7 +42,8 @@ class Rules:
   seq: MeshAxes = "context"
 
   def spec(self, *axes: str | None, mesh: Mesh | None = None) -> P:
-    """The PartitionSpec of an array with these logical axes on `mesh` (default: the one in context).
+    """The PartitionSpec of an array with these logical axes on `mesh` (default: the one in
+    context).
 
     Mesh axes of size 1 are left out: they split nothing, and without them JAX knows that an axis is
     whole (it may be merged with its neighbour, say). Raises ValueError when two logical axes are

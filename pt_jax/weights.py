@@ -1,9 +1,9 @@
 """Weights: the rows of a parameter table, and `project`, the one place that multiplies by a weight.
 
-A model describes its parameters as a nested dict of `Param` rows. Initialisation, sharding, checkpoints,
-HF loading, optimizer groups and memory estimates all read that table. A leaf of the parameter tree is an
-`Array` today; a typed leaf (quantised, low-rank) is a pytree node that `project` and `gather` learn of
-here, and no model changes.
+A model describes its parameters as a nested dict of `Param` rows. Initialisation, sharding,
+checkpoints, HF loading, optimizer groups and memory estimates all read that table. A leaf of the
+parameter tree is an `Array` today; a typed leaf (quantised, low-rank) is a pytree node that
+`project` and `gather` learn of here, and no model changes.
 """
 
 import math
@@ -69,8 +69,8 @@ def check_mesh(table: Table, rules: Rules, mesh: jax.sharding.Mesh) -> None:
 def init(key: jax.Array, table: Table, rules: Rules, dtype: jnp.dtype) -> Params:
   """Random parameters, each made already sharded; call it under `jit` so nothing is built whole.
 
-  Every parameter draws from the key folded with its name, so values depend neither on the mesh nor on
-  which other parameters the table has.
+  Every parameter draws from the key folded with its name, so values depend neither on the mesh nor
+  on which other parameters the table has.
   """
 
   def leaf(name: str, row: Param) -> jax.Array:
@@ -101,7 +101,12 @@ def reshard(params: Params, table: Table, rules: Rules) -> Params:
 
 
 def project(
-  x: jax.Array, weight: jax.Array, equation: str, *, out_sharding: jax.P | None = None
+  x: jax.Array,
+  weight: jax.Array,
+  equation: str,
+  *,
+  out_sharding: jax.P | None = None,
+  precision: str | None = None,
 ) -> jax.Array:
   """`einsum(equation, x, weight)` in the dtype of x.
 
@@ -111,16 +116,17 @@ def project(
     equation: e.g. "bsd,dhk->bshk".
     out_sharding: needed when a contracted axis is split on both sides (the product is then summed
       over that mesh axis).
+    precision: of the product, as in `jnp.einsum`.
 
-  Where S is whole, B and S are merged first: the weight's gradient is then one matrix product over all
-  tokens, which XLA runs 1.6 times faster on CPU than the same sum over two axes.
+  Where S is whole, B and S are merged first: the weight's gradient is then one matrix product over
+  all tokens, which XLA runs 1.6 times faster on CPU than the same sum over two axes.
   """
   weight = weight.astype(x.dtype)
   if jax.typeof(x).sharding.spec[1] is not None:
-    return jnp.einsum(equation, x, weight, out_sharding=out_sharding)
+    return jnp.einsum(equation, x, weight, out_sharding=out_sharding, precision=precision)
   if out_sharding is not None:
     out_sharding = jax.P(out_sharding[0], *out_sharding[2:])
   tokens = x.reshape(-1, *x.shape[2:])
   merged = equation.replace("bs", "b")
-  out = jnp.einsum(merged, tokens, weight, out_sharding=out_sharding)
+  out = jnp.einsum(merged, tokens, weight, out_sharding=out_sharding, precision=precision)
   return out.reshape(*x.shape[:2], *out.shape[1:])

@@ -1,7 +1,7 @@
 """Attention over packed segments, in plain JAX: the contract that a kernel has to meet.
 
-Letters: B batch, S query positions, T key positions, G key/value heads, R queries per key head, K head
-width. H = G * R query heads.
+Letters: B batch, S query positions, T key positions, G key/value heads, R queries per key head, K
+head width. H = G * R query heads.
 """
 
 import chex
@@ -24,8 +24,8 @@ def attention(
 ) -> jax.Array:
   """Causal softmax attention within segments; scores and softmax in float32.
 
-  Query (segment s, position i) attends to the keys of segment s at positions <= i. Segment ids below
-  0 are padding: such a query gets zeros, such a key is never attended to.
+  Query (segment s, position i) attends to the keys of segment s at positions <= i. Segment ids
+  below 0 are padding: such a query gets zeros, such a key is never attended to.
 
   Args:
     q: [B, S, H, K].

@@ -1,7 +1,7 @@
 """Attention over packed segments in XLA: the reference, cut into query blocks that skip the future.
 
-Letters: B batch, S query positions, T key positions, G key/value heads, R queries per key head, K head
-width. H = G * R query heads.
+Letters: B batch, S query positions, T key positions, G key/value heads, R queries per key head, K
+head width. H = G * R query heads.
 """
 
 import chex

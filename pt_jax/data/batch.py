@@ -1,9 +1,12 @@
-"""Batches: what the data room hands to a step. Shapes: B rows, S positions; microbatches add a leading A.
+"""Batches: what the data room hands to a step.
 
-A row holds one or more packed segments. `segment_ids` are 0, 1, 2... in the order of a row and -1 on
-padding; a padding token attends to nothing and nothing attends to it. Every per-token field is aligned
-with the token it speaks of: `mask[b, t]` says whether predicting `tokens[b, t]` from what stands before
-it in its segment is trained. The first token of a segment has nothing before it, so its mask is 0.
+Shapes: B rows, S positions; microbatches add a leading A.
+
+A row holds one or more packed segments. `segment_ids` are 0, 1, 2... in the order of a row and -1
+on padding; a padding token attends to nothing and nothing attends to it. Every per-token field is
+aligned with the token it speaks of: `mask[b, t]` says whether predicting `tokens[b, t]` from what
+stands before it in its segment is trained. The first token of a segment has nothing before it, so
+its mask is 0.
 """
 
 import flax.struct

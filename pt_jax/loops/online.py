@@ -1,7 +1,8 @@
-"""The online loop: prompts -> rollouts -> rewards -> advantages -> packed batches -> updates -> new weights.
+"""The online loop: prompts -> rollouts -> rewards -> advantages -> packed batches -> updates -> new
+weights.
 
-What a step samples is a function of the seed, the step and the weights; the position in the stream of
-prompts and the train state are all that a checkpoint has to hold.
+What a step samples is a function of the seed, the step and the weights; the position in the stream
+of prompts and the train state are all that a checkpoint has to hold.
 """
 
 import dataclasses
@@ -85,17 +86,35 @@ def run_evaluate(stage: Evaluate, context: Context) -> tuple[Params, dict[str, f
   longest = max(len(task.encode(p)) for p in _held_out(task, stage.count))
   length = longest + stage.sampling.max_tokens
   engine = _engine(context, context.params, stage.slots, length)
-  judged = _evaluate(engine, task, stack, stage.sampling, stage.count, context)
-  results = evaluation_metrics(judged)
+  results, judged = evaluate(engine, task, stack, stage.sampling, stage.count, context)
   context.stage.log(0, results)
   context.stage.samples(0, sample_rows(judged, 16))
   return context.params, results
 
 
-def evaluation_metrics(judged: Judged) -> dict[str, float]:
-  """pass@1 and the rollout metrics of greedy completions, under `eval/`."""
-  metrics = {"pass@1": float(judged.rewards.components[CORRECT].mean())} | rollout_metrics(judged)
-  return {f"eval/{name}": value for name, value in metrics.items()}
+def evaluate(
+  engine: Engine,
+  task: Problems,
+  stack: RewardStack,
+  sampling: SamplingParams,
+  count: int,
+  context: Context,
+) -> tuple[dict[str, float], Judged]:
+  """Scores one sampled and one greedy completion of each of `count` held-out problems.
+
+  `eval/pass@1` is the share of right answers among completions sampled as the stage samples (the
+  estimator of arXiv 2107.03374 with one sample), `eval/greedy` among greedy ones; reward, lengths
+  and stop reasons are those of the sampled ones, which are returned too. The draws are the same for
+  every call, so that only the weights make a difference.
+  """
+  problems, key = _held_out(task, count), context.key("evaluation", 0)
+  judge = functools.partial(
+    generate_and_judge, engine, problems, task, context.tokenizer, stack, key=key
+  )
+  sampled, greedy = judge(sampling), judge(dataclasses.replace(sampling, temperature=0.0))
+  right = lambda judged: float(judged.rewards.components[CORRECT].mean())
+  metrics = {"pass@1": right(sampled), "greedy": right(greedy)} | rollout_metrics(sampled)
+  return {f"eval/{name}": value for name, value in metrics.items()}, sampled
 
 
 class _Loop:
@@ -266,10 +285,9 @@ class _Loop:
 
   def _evaluate(self, step: int) -> None:
     stage = self.stage
-    judged = _evaluate(
+    self.results, _ = evaluate(
       self.engine, self.task, self.stack, stage.sampling, stage.evaluate_problems, self.context
     )
-    self.results = evaluation_metrics(judged)
     self.context.stage.log(step, self.results)
 
 
@@ -309,16 +327,3 @@ def _engine(
     detokenizer=functools.partial(IncrementalDetokenizer, context.tokenizer),
     version=version,
   )
-
-
-def _evaluate(
-  engine: Engine,
-  task: Problems,
-  stack: RewardStack,
-  sampling: SamplingParams,
-  count: int,
-  context: Context,
-) -> Judged:
-  greedy = dataclasses.replace(sampling, temperature=0.0)
-  problems, key = _held_out(task, count), context.key("evaluation", 0)
-  return generate_and_judge(engine, problems, task, context.tokenizer, stack, greedy, key=key)

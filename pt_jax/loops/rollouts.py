@@ -70,8 +70,8 @@ def generate_and_judge(
   for problem, prompt in zip(problems, prompts):
     if len(prompt) + sampling.max_tokens > engine.max_length:
       raise ValueError(
-        f"problem {problem.id}: prompt of {len(prompt)} tokens and max_tokens {sampling.max_tokens} "
-        f"exceed row_length {engine.max_length}"
+        f"problem {problem.id}: prompt of {len(prompt)} tokens and max_tokens "
+        f"{sampling.max_tokens} exceed row_length {engine.max_length}"
       )
   rollouts = engine.generate(prompts, sampling, key=key, n=n)
   completions = []

@@ -3,8 +3,8 @@
 Shape suffixes and einsum letters: B batch, S query position, T key position, D model width, H query
 heads, G key/value heads, K head width, F MLP hidden units, V vocabulary, L layers.
 
-`block` is the only implementation of a layer. It takes `attend`, so that training passes attention over
-packed segments and the rollout engine passes attention over its cache.
+`block` is the only implementation of a layer. It takes `attend`, so that training passes attention
+over packed segments and the rollout engine passes attention over its cache.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels.flash_attention import flash_attention
 from pt_jax import weights
@@ -87,16 +88,23 @@ def _llama3_frequencies(frequency: jax.Array, s: Llama3Rope) -> jax.Array:
 
 
 def rope_angles(c: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """cos and sin [B, S, 1, K/2] float32 of the rotary angles at `positions` [B, S]."""
-  angles = positions[:, :, None, None].astype(jnp.float32) * rope_frequencies(c)
+  """cos and sin [B, S, 1, K] float32 of the rotary angles at `positions` [B, S]."""
+  frequency = jnp.tile(rope_frequencies(c), 2)
+  angles = positions[:, :, None, None].astype(jnp.float32) * frequency
   return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotary embedding of heads x [B, S, H, K], pairing i with i + K/2 (the HF convention)."""
+  """Rotary embedding of heads x [B, S, H, K], pairing i with i + K/2 (the HF convention).
+
+  x cos + (-b, a) sin for x = (a, b). The swap is a product with a signed permutation, exact in any
+  dtype; as slices and a concatenation it was the slowest fusion in a CPU profile of a train step.
+  """
   cos, sin = angles
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+  half = np.eye(x.shape[-1] // 2)
+  swap = np.block([[np.zeros_like(half), half], [-half, np.zeros_like(half)]])
+  swapped = project(x, jnp.asarray(swap, x.dtype), "bshk,kj->bshj", precision="highest")
+  return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
 
 
 def block(

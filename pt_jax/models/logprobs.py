@@ -1,7 +1,7 @@
 """Log-prob, entropy and most likely token from hidden states, without ever holding [B, S, V].
 
-The vocabulary is visited in chunks, forward and backward; where it is split over `tensor`, each shard
-visits its own part. N is B * S on one device, D the width, C a chunk of the vocabulary.
+The vocabulary is visited in chunks, forward and backward; where it is split over `tensor`, each
+shard visits its own part. N is B * S on one device, D the width, C a chunk of the vocabulary.
 """
 
 import functools
@@ -64,8 +64,9 @@ def next_token_statistics(
   temperature: float = 1.0,
   chunk: int = 8192,
 ) -> TokenStatistics:
-  """`token_statistics` aligned with the token that is predicted: entry t speaks of tokens[:, t] given
-  what stands before it. Entry 0 is 0, and so is meaningless at the first token of any segment."""
+  """`token_statistics` aligned with the token that is predicted: entry t speaks of tokens[:, t]
+  given what stands before it. Entry 0 is 0, and so is meaningless at the first token of any
+  segment."""
   stats = token_statistics(
     hidden, unembedding, _shift(tokens, -1), temperature=temperature, chunk=chunk
   )

@@ -1,8 +1,8 @@
 """The key-value cache of the slots, and the attention that writes and reads it.
 
-Letters: N slots, P prompt positions, T cache positions, L layers, H query heads, G key/value heads, K head
-width. The cache is a tuple of one array per layer, [N, G, T, K]: a loop updates each in place, and the
-products of a decode step need no transposition of it.
+Letters: N slots, P prompt positions, T cache positions, L layers, H query heads, G key/value heads,
+K head width. The cache is a tuple of one array per layer, [N, G, T, K]: a loop updates each in
+place, and the products of a decode step need no transposition of it.
 """
 
 import flax.struct

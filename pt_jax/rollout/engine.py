@@ -1,14 +1,15 @@
 """The rollout engine: prompts to completions, on the blocks of the training model.
 
-Completions are decoded in N slots at once. A slot whose completion ends is given the next request, so short
-answers do not wait for long ones. Every request draws from its own key, folded with the position, so what it
-samples does not depend on which slot it sat in or what sat beside it.
+Completions are decoded in N slots at once. A slot whose completion ends is given the next request,
+so short answers do not wait for long ones. Every request draws from its own key, folded with the
+position, so what it samples does not depend on which slot it sat in or what sat beside it.
 
-The host sees a slot only between launches; a launch decodes until enough slots are free to be worth a refill,
-or `LAUNCH` tokens have been drawn. Stop tokens and limits are checked on the device, stop strings on the host.
+The host sees a slot only between launches; a launch decodes until enough slots are free to be worth
+a refill, or `LAUNCH` tokens have been drawn. Stop tokens and limits are checked on the device, stop
+strings on the host.
 
-Left out on purpose: pages, prefix caching and chunked prefill. A prompt of n samples is prefilled once per
-refill. The paged engine keeps this interface.
+Left out on purpose: pages, prefix caching and chunked prefill. A prompt of n samples is prefilled
+once per refill. The paged engine keeps this interface.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from pt_jax.rollout import cache as kv
 from pt_jax.rollout.rollouts import Detokenizer, Rollouts, SamplingParams, StopReason
 from pt_jax.rollout.sampling import sample
 from pt_jax.sharding import USE, P
-from pt_jax.weights import Param, Params
+from pt_jax.weights import Params
 
 LAUNCH = 64  # tokens per slot and launch at most
 REFILL = 8  # a launch ends when one slot in so many is free and requests wait
@@ -302,8 +303,8 @@ def _layers(w: Params, c: ModelConfig, x: jax.Array, angles: Any, attend: Any) -
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=1)
 def _prefill(w: Params, state: Slots, fill: Fill, *, config: ModelConfig) -> Slots:
-  """Reads the prompts of a refill and seats them. A slot begins with its last prompt token unread: the
-  next launch reads it (its keys are then written a second time) and draws what follows."""
+  """Reads the prompts of a refill and seats them. A slot begins with its last prompt token unread:
+  the next launch reads it (its keys are then written a second time) and draws what follows."""
   tokens = jax.reshard(fill.tokens, USE.spec("batch", "seq"))
   index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   positions = jax.reshard(index, USE.spec("batch", "seq"))

@@ -30,8 +30,8 @@ class StopReason(enum.IntEnum):
 class SamplingParams:
   """How completions are drawn.
 
-  Log-probs that the engine reports are of the full softmax at `temperature`, before top-k, top-p and
-  min-p cut it (the distribution that the trainer differentiates).
+  Log-probs that the engine reports are of the full softmax at `temperature`, before top-k, top-p
+  and min-p cut it (the distribution that the trainer differentiates).
   """
 
   max_tokens: int

@@ -1,4 +1,4 @@
-"""AdamW with parameter groups, warm-up + cosine, and clipping by global norm; sharded as the layout says."""
+"""AdamW with parameter groups, warm-up + cosine; sharded as the layout says."""
 
 import dataclasses
 import re

@@ -1,13 +1,14 @@
-"""The policy-gradient step of every `Objective`, and the scoring passes before it. Pure functions."""
+"""The policy-gradient step of every `Objective`, and the scoring passes before it. Pure
+functions."""
 
 import jax
 import jax.numpy as jnp
 
 from pt_jax.data.batch import Batch, PolicyBatch
 from pt_jax.losses import reduce
+from pt_jax.losses.mismatch import logprob_gap
 from pt_jax.losses.objective import Objective
 from pt_jax.losses.policy import policy_loss
-from pt_jax.losses.ratio import log_ratio
 from pt_jax.losses.reduce import Sum
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
@@ -19,7 +20,7 @@ from pt_jax.weights import Params
 def token_statistics(
   params: Params, batch: Batch | PolicyBatch, config: ModelConfig, temperature: float
 ) -> TokenStatistics:
-  """Log-prob, entropy and top-1 [B, S] of every token of a batch [B, S] at a sampling temperature."""
+  """Log-prob, entropy and top-1 [B, S] of all tokens of a batch [B, S] at a temperature."""
   hidden = decoder.forward(params, config, batch.tokens, batch.positions, batch.segment_ids)
   return next_token_statistics(
     hidden,
@@ -61,7 +62,8 @@ def policy_objective(
     config: the model.
     objective: the algorithm.
     temperature: the one the rollouts were sampled at.
-    first_update: the batch has not been trained on yet and there will be one update, so the log-probs
+    first_update: the batch has not been trained on yet and there will be one update, so the
+    log-probs
       of this very pass are the old ones and `batch.old_logprobs` is not read.
   """
   stats = token_statistics(params, batch, config, temperature)
@@ -76,13 +78,13 @@ def policy_objective(
     reference_logprobs=batch.reference_logprobs,
   )
   mean = lambda values: reduce.reduce("token_mean", values, batch.mask, batch.segment_ids)
-  gap = log_ratio(old, batch.sampler_logprobs, batch.mask)
+  gap = logprob_gap(old, batch.sampler_logprobs, batch.mask)
   sums: dict[str, Sum | Max] = {f"policy/{name}": mean(value) for name, value in metrics.items()}
   sums |= {
     "policy/entropy": mean(stats.entropy),
-    "rollout/logprob_gap_mean": mean(jnp.abs(gap)),
-    "rollout/logprob_gap_max": Max(jnp.abs(gap).max()),
-    "rollout/logprob_gap_kl": mean(jnp.expm1(gap) - gap),
+    "rollout/logprob_gap_mean": mean(gap["logprob_gap"]),
+    "rollout/logprob_gap_max": Max(gap["logprob_gap"].max()),
+    "rollout/logprob_gap_kl": mean(gap["logprob_gap_kl"]),
   }
   value = reduce.reduce(
     objective.reduction,
@@ -104,7 +106,8 @@ def policy_step(
   temperature: float,
   first_update: bool,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One optimizer update over A microbatches; batch leaves are [A, B, S]. See `policy_objective`."""
+  """One optimizer update over A microbatches; batch leaves are [A, B, S]. See
+  `policy_objective`."""
 
   def loss(params: Params, part: PolicyBatch) -> tuple[Sum, dict[str, Sum | Max]]:
     return policy_objective(

@@ -1,7 +1,7 @@
 """`TrainState`, gradient accumulation and the one update that every step ends with.
 
-The rules of a `Layout` say where parameters, gradients and optimizer state live; the code is the same for
-every ZeRO stage and every mesh.
+The rules of a `Layout` say where parameters, gradients and optimizer state live; the code is the
+same for every ZeRO stage and every mesh.
 """
 
 from collections.abc import Callable
