@@ -17,12 +17,13 @@ from pt_jax.data.mixtures import Mixture
 from pt_jax.data.packing import Example
 from pt_jax.data.scratchpads import compact_prompt, demonstration
 from pt_jax.data.sources import MemorySource, Subset, open_source, split
-from pt_jax.data.tasks import Problem, ReasoningGymTask, assert_disjoint, exclude
+from pt_jax.data.tasks import JsonlTask, Problem, ReasoningGymTask, assert_disjoint, exclude
 from pt_jax.data.tokenizers import Tokenizer
 from pt_jax.experiment import Problems, SupervisedData
 from pt_jax.models.config import ModelConfig
+from pt_jax.rewards.answers import last_number
 from pt_jax.rewards.stack import Component, RewardStack
-from pt_jax.rewards.verifiers import family_score, think_answer
+from pt_jax.rewards.verifiers import family_score, numeric, think_answer
 from pt_jax.rollout.rollouts import SamplingParams
 
 Families = Mapping[str, Mapping[str, Any]]
@@ -156,6 +157,40 @@ def small_decoder(vocab_size: int, *, width: int, layers: int, max_length: int) 
     remat="none",
     unroll=True,
   )
+
+
+def jsonl_problems(
+  tokenizer: Tokenizer,
+  *,
+  train: str,
+  held_out: str,
+  template: str,
+  answer_pattern: str,
+  instruction: str,
+) -> Problems:
+  """Questions with a reference answer from two files; no held-out question is trained on.
+
+  Args:
+    tokenizer: encodes prompts.
+    train, held_out: JSON-lines files with the fields `question` and `answer`.
+    template: name of the chat template.
+    answer_pattern: of `JsonlTask`.
+    instruction: stands behind every question, on a line of its own.
+  """
+  kept_back = JsonlTask(held_out, answer_pattern=answer_pattern)
+  problems = exclude(JsonlTask(train, answer_pattern=answer_pattern), kept_back)
+  chat = load_template(template, tokenizer=tokenizer)
+
+  def encode(problem: Problem) -> np.ndarray:
+    turn = {"role": "user", "content": f"{problem.prompt}\n{instruction}"}
+    return encode_prompt([turn], tokenizer, chat, where=problem.id)
+
+  return Problems(problems, kept_back, encode)
+
+
+def last_number_correct() -> RewardStack:
+  """1 when the last number of the completion is the reference answer."""
+  return RewardStack([Component("correct", 1.0, functools.partial(numeric, extract=last_number))])
 
 
 def correct_and_shaped(shape: float = 0.1) -> RewardStack:

@@ -1,0 +1,107 @@
+"""GRPO and its relatives on three-digit sums: the ablations `grpo`, `dr_grpo` and `dapo`.
+
+  python -m launch.local experiments.grpo_arithmetic:dapo --seed 1
+  python -m launch.sweep experiments.grpo_arithmetic --algorithm grpo dr_grpo dapo
+
+The stages, the model and the cold start are those of `experiments.quickstart`; the problems are
+sums and differences of two numbers of three digits, and what is compared is the objective.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+from experiments import quickstart
+from pt_jax.experiment import Evaluate, Experiment, Online, Stage, Supervised
+from pt_jax.losses import objective as objectives
+from pt_jax.losses.objective import Objective
+
+Algorithm = Literal["grpo", "dr_grpo", "dapo"]
+FAMILIES = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 3, "max_digits": 3}}
+
+
+def config(
+  *,
+  algorithm: Algorithm = "grpo",
+  sft_steps: int = 250,
+  steps: int = 100,
+  lr: float = 1.5e-4,
+  prompts: int = 48,
+  group_size: int = 8,
+  seed: int = 0,
+) -> Experiment:
+  """A cold start, then the chosen objective.
+
+  Args:
+    algorithm: the preset of `pt_jax.losses.objective`.
+    sft_steps: updates of the cold start.
+    steps: of RL, one update each.
+    lr: peak learning rate of RL.
+    prompts: problems per step.
+    group_size: completions per problem.
+    seed: of initialisation, data order and sampling.
+  """
+  base = quickstart.config(
+    sft_steps=sft_steps,
+    grpo_steps=steps,
+    grpo_lr=lr,
+    prompts=prompts,
+    group_size=group_size,
+    seed=seed,
+  )
+  length = next(s.sampling.max_tokens for s in base.stages if isinstance(s, Online))
+  chosen = _objective(algorithm, length)
+  stages = tuple(_on_sums(stage, chosen) for stage in base.stages)
+  return dataclasses.replace(base, name="grpo_arithmetic", stages=stages)
+
+
+def grpo(*, seed: int = 0) -> Experiment:
+  """DeepSeekMath's objective: std of the group, mean per completion, k3 KL to the cold start.
+
+  Args:
+    seed: of initialisation, data order and sampling.
+  """
+  return config(algorithm="grpo", seed=seed)
+
+
+def dr_grpo(*, seed: int = 0) -> Experiment:
+  """GRPO without the std and without lengths in the denominator.
+
+  Args:
+    seed: of initialisation, data order and sampling.
+  """
+  return config(algorithm="dr_grpo", seed=seed)
+
+
+def dapo(*, seed: int = 0) -> Experiment:
+  """Clip-higher, dynamic sampling, token-level loss, overlong penalty, no KL.
+
+  Args:
+    seed: of initialisation, data order and sampling.
+  """
+  return config(algorithm="dapo", seed=seed)
+
+
+def _objective(algorithm: Algorithm, length: int) -> Objective:
+  presets = {
+    "grpo": objectives.grpo(),
+    "dr_grpo": objectives.dr_grpo(length),
+    "dapo": objectives.dapo(length, buffer=length // 4),
+  }
+  if algorithm not in presets:
+    raise ValueError(f"algorithm: expected one of {', '.join(presets)}, found {algorithm!r}")
+  return presets[algorithm]
+
+
+def _on_sums(stage: Stage, chosen: Objective) -> Stage:
+  """The stage on sums alone, and with the chosen objective."""
+  if isinstance(stage, Supervised):
+    return dataclasses.replace(stage, data=_families(stage.data))
+  stage = dataclasses.replace(stage, problems=_families(stage.problems))
+  if isinstance(stage, Evaluate):
+    return stage
+  return dataclasses.replace(stage, objective=chosen)
+
+
+def _families(recipe: functools.partial) -> functools.partial:
+  return functools.partial(recipe.func, **recipe.keywords | {"families": FAMILIES})
