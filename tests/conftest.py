@@ -40,5 +40,6 @@ def one_device():
 
   from pt_jax import sharding
 
-  with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])) as mesh:
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  with jax.set_mesh(mesh):
     yield mesh
