@@ -236,7 +236,8 @@ class _Loop:
 
   def _finish(self) -> None:
     """What the last step still owes."""
-    if self.stopping.reason and jax.process_index() == 0 and not self.context.quiet:
+    told = jax.process_index() == 0 and not self.context.quiet
+    if told and self.stopping.reason and self.done < self.total:
       print(f"{self.stage.name}: stopped early: {self.stopping.reason}", file=sys.stderr)
     if self.evaluated["step"] != self.done:
       self._evaluate()
