@@ -9,6 +9,9 @@ them runs in the environment of its peer, imports nothing of pt_jax, and prints 
   tokens         tokens that a timing covers: B * S * steps (sft), new tokens (the others)
   settings       the peer's settings that matter, and its versions
 
+Measure on a machine that does nothing else: torch's threads wait for each other by spinning, and a
+second busy process on the same cores makes its figures ten times worse (seen: 1.2 s -> 12 s).
+
 The peers' scripts, and the variable that names an interpreter which has them:
 
   PT_JAX_TRL_PYTHON    trl_sft.py, transformers_sft.py, transformers_generate.py, trl_grpo.py
