@@ -36,7 +36,7 @@ from pt_jax.rewards.stack import RewardStack
 from pt_jax.rollout.engine import Engine
 from pt_jax.rollout.rollouts import SamplingParams, StopReason
 from pt_jax.steps import policy
-from pt_jax.steps.state import TrainState, Updater
+from pt_jax.steps.state import Updater
 from pt_jax.weights import Params
 
 HISTOGRAMS_EVERY = 10  # steps
@@ -127,7 +127,9 @@ class _Loop:
     _held_out(self.task, stage.evaluate_problems)
     self.updater = Updater(stage.optimizer, context.table, context.layout)
     self.prompts = Prompts(self.task.train, context.seed)
-    self.state, self.start = self._restore()
+    self.state, saved = context.start(self.updater)
+    self.start = saved.step if saved else 0
+    self.prompts.drawn = saved.host["drawn"] if saved else 0
     self.reference = context.params if stage.objective.kl is not None else None
     self.engine = _engine(
       context, self.state.params, stage.slots, stage.row_length, version=self.start
@@ -135,14 +137,6 @@ class _Loop:
     self._compile()
     self.results: dict[str, float] = {}
     self.pending: tuple[int, list[dict[str, jax.Array]], dict[str, float]] | None = None
-
-  def _restore(self) -> tuple[TrainState, int]:
-    create = jax.jit(self.updater.create)
-    saved = self.context.stage.restore(jax.eval_shape(create, self.context.params))
-    if saved is None:
-      return create(self.context.params), 0
-    self.prompts.drawn = saved.host["drawn"]
-    return saved.state, saved.step
 
   def _compile(self) -> None:
     stage, config = self.stage, self.context.config

@@ -89,15 +89,21 @@ def concatenate(parts: Sequence[Judged]) -> Judged:
   if len(parts) == 1:
     return parts[0]
   width = max(part.rollouts.tokens.shape[1] for part in parts)
-  pad = lambda x: x if x.ndim == 1 else np.pad(x, ((0, 0), (0, width - x.shape[1])))
-  join = lambda *xs: np.concatenate([pad(np.asarray(x)) for x in xs])
+  join = lambda *xs: np.concatenate([np.asarray(x) for x in xs])
+
+  def widen(r: Rollouts) -> Rollouts:
+    pad = lambda x, fill: np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill)
+    return r.replace(
+      tokens=pad(r.tokens, 0), logprobs=pad(r.logprobs, 0), version=pad(r.version, -1)
+    )
+
   rewards = Rewards(
     join(*(p.rewards.total for p in parts)),
     jax.tree.map(join, *(p.rewards.components for p in parts)),
   )
   return Judged(
     [c for part in parts for c in part.completions],
-    jax.tree.map(join, *(p.rollouts for p in parts)),
+    jax.tree.map(join, *(widen(p.rollouts) for p in parts)),
     rewards,
     join(*(p.groups for p in parts)),
   )

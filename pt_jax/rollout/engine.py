@@ -131,10 +131,10 @@ class Engine:
       key: PRNG key; the same key, weights and prompts give the same completions.
       n: completions per prompt.
 
-    Raises ValueError for an empty prompt, one that leaves no room for a token, or stop strings
-    without a detokenizer.
+    Raises ValueError for no prompts, an empty prompt, one that leaves no room for a token, or stop
+    strings without a detokenizer.
     """
-    self._check(prompts, sampling)
+    self._check(prompts, sampling, n)
     start = time.perf_counter()
     longest = max(map(len, prompts))
     width = min(self.max_length, -(-(longest + sampling.max_tokens) // ROUND) * ROUND)
@@ -144,7 +144,9 @@ class Engine:
     self.figures.seconds += time.perf_counter() - start
     return _rollouts(requests, prompts)
 
-  def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
+  def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, n: int) -> None:
+    if not prompts or n < 1:
+      raise ValueError(f"generate: expected prompts and n >= 1, found {len(prompts)} and n = {n}")
     if sampling.stop_strings and self._detokenizer is None:
       raise ValueError("generate: stop strings need an engine with a detokenizer")
     for i, prompt in enumerate(prompts):

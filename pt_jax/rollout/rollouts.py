@@ -42,6 +42,18 @@ class SamplingParams:
   stop_tokens: tuple[int, ...] = ()
   stop_strings: tuple[str, ...] = ()
 
+  def __post_init__(self):
+    for field, holds, expected in (
+      ("max_tokens", self.max_tokens >= 1, "at least 1"),
+      ("temperature", self.temperature >= 0, "a number >= 0"),
+      ("top_k", self.top_k >= 0, "0 or more"),
+      ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
+      ("min_p", 0 <= self.min_p <= 1, "a number in [0, 1]"),
+      ("stop_strings", all(self.stop_strings), "no empty string"),
+    ):
+      if not holds:
+        raise ValueError(f"sampling.{field}: expected {expected}, found {getattr(self, field)!r}")
+
 
 @flax.struct.dataclass
 class Rollouts:
