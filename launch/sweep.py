@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
   done = []
   for number, (command, folder) in enumerate(zip(commands, folders), start=1):
     print(f"run {number}/{len(commands)}: {folder}", flush=True)
-    if subprocess.run([sys.executable, "-m", "launch.local", *command], check=False).returncode:
+    if start(command):
       print(f"failed: {' '.join(command)}", file=sys.stderr)
     else:
       done.append(folder)
@@ -60,6 +60,11 @@ def run(argv: Sequence[str]) -> int:
     write_comparison(done[0].parent, title, done, compared or default_metrics(done[0]))
     print(done[0].parent / REPORT)
   return int(len(done) < len(commands))
+
+
+def start(command: Sequence[str]) -> int:
+  """Runs a command line of launch.local in a process of its own; returns its exit status."""
+  return subprocess.run([sys.executable, "-m", "launch.local", *command], check=False).returncode
 
 
 def read_options(argv: Sequence[str]) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ from pt_jax.data.sources import Source, Subset
 from pt_jax.data.tokenizers import Tokenizer
 from pt_jax.experiment import Evaluate, Online, Supervised
 from pt_jax.loops import supervised
+from pt_jax.loops.context import in_stage
 from pt_jax.loops.diagnostics import SAMPLE_METRICS
 from pt_jax.models.config import ModelConfig
 from pt_jax.sharding import USE
@@ -45,7 +46,7 @@ def check_stage(
   mesh: jax.sharding.Mesh,
 ) -> None:
   """Raises ValueError naming the stage and what of it cannot run."""
-  try:
+  with in_stage(stage.name):
     if isinstance(stage, Supervised):
       stage.optimizer.transform(table)
       _check_supervised(stage, config, tokenizer, mesh)
@@ -54,8 +55,6 @@ def check_stage(
         stage.optimizer.transform(table)
         _check_rows(stage.rows, stage.row_length, config, mesh)
       _check_problems(stage, tokenizer, config, mesh)
-  except ValueError as error:
-    raise ValueError(f"stage {stage.name}: {_without(stage.name, str(error))}") from error
 
 
 def _check_supervised(
@@ -117,8 +116,3 @@ def _check_problems(
   room = stage.row_length if isinstance(stage, Online) else config.max_length
   firsts = [problems.encode(task[0]) for task in (problems.train, problems.held_out) if len(task)]
   _check_prompts(firsts, room, stage.sampling.max_tokens)
-
-
-def _without(stage: str, message: str) -> str:
-  """The message without the name of the stage, where it begins with it."""
-  return message.removeprefix(f"stage {stage}: ")

@@ -1,8 +1,10 @@
 """What a stage of an experiment is given to work with."""
 
+import contextlib
 import dataclasses
 import os
 import zlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +55,20 @@ class Context:
     """The progress of this stage, over `total` steps of which `start` are done."""
     stream = open(os.devnull, "w") if self.quiet else None  # noqa: SIM115 (as long as the process)
     return Progress(self.stage.name, total, start=start, stream=stream)
+
+
+@contextlib.contextmanager
+def in_stage(name: str) -> Iterator[None]:
+  """Makes the message of a ValueError one line that begins with the stage.
+
+  Grain adds lines on its own to those that come out of a pipeline.
+  """
+  try:
+    yield
+  except ValueError as error:
+    line = str(error).splitlines()[0]
+    where = f"stage {name}: "
+    raise ValueError(where + line.removeprefix(where)) from error
 
 
 def initial_params(context: Context) -> Params:

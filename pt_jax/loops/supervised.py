@@ -20,7 +20,7 @@ from pt_jax.data.batch import Batch
 from pt_jax.data.tokenizers import IncrementalDetokenizer
 from pt_jax.experiment import Supervised, SupervisedData
 from pt_jax.loops.batches import data_host, device_batch, global_batch
-from pt_jax.loops.context import Context
+from pt_jax.loops.context import Context, in_stage
 from pt_jax.loops.diagnostics import EarlyStopping, completions_of, perplexity, sample_metrics
 from pt_jax.loops.progress import Progress
 from pt_jax.losses.reduce import Sum
@@ -59,7 +59,7 @@ def run_supervised(stage: Supervised, context: Context) -> tuple[Params, dict[st
   finite (before a checkpoint of that step is written).
   """
   loop = _Loop(stage, context)
-  with context.progress(stage.optimizer.steps, loop.done) as progress:
+  with context.progress(stage.optimizer.steps, loop.done) as progress, in_stage(stage.name):
     loop.run(progress)
   return loop.state.params, loop.results
 
@@ -157,7 +157,7 @@ class _Loop:
       return
     (step, fetched, counts), self._pending = self._pending, None
     metrics = {name: value.item() for name, value in jax.device_get(fetched).items()}
-    self._check_finite(metrics, step)
+    check_finite(metrics, step)
     metrics["loss/perplexity"] = perplexity(metrics["loss/nats_per_token"])
     metrics |= {f"data/{name}": value for name, value in counts.items()}
     loss = {"loss": metrics["loss"], "accuracy": metrics["loss/accuracy"]}
@@ -187,7 +187,7 @@ class _Loop:
     assert sums is not None  # a source has at least one row
     means = {name: value.mean().item() for name, value in jax.device_get(sums).items()}
     metrics = {f"eval/{name.removeprefix('loss/')}": value for name, value in means.items()}
-    self._check_finite(metrics, self.done)
+    check_finite(metrics, self.done)
     metrics["eval/perplexity"] = perplexity(metrics["eval/nats_per_token"])
     self.evaluated = {"step": self.done, "metrics": metrics}
     self._log(self.done, metrics)
@@ -245,12 +245,6 @@ class _Loop:
       self._sample()
     if self.context.stage.latest_step() != self.done:
       self._save()
-
-  def _check_finite(self, metrics: dict[str, float], step: int) -> None:
-    try:
-      check_finite(metrics, step)
-    except ValueError as error:
-      raise ValueError(f"stage {self.stage.name}: {error}") from error
 
 
 def due(step: int, every: int) -> bool:
