@@ -9,7 +9,7 @@ sums and differences of two numbers of three digits, and what is compared is the
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 from experiments import quickstart
 from pt_jax.experiment import Evaluate, Experiment, Online, Stage, Supervised
@@ -103,5 +103,5 @@ def _on_sums(stage: Stage, chosen: Objective) -> Stage:
   return dataclasses.replace(stage, objective=chosen)
 
 
-def _families(recipe: functools.partial) -> functools.partial:
+def _families(recipe: Any) -> functools.partial:
   return functools.partial(recipe.func, **recipe.keywords | {"families": FAMILIES})

@@ -4,6 +4,7 @@ make quickstart
 python -m launch.local experiments.quickstart --seed 1
 """
 
+import dataclasses
 import functools
 
 from pt_jax import recipes
@@ -14,11 +15,8 @@ from pt_jax.losses import objective
 from pt_jax.models.config import ModelConfig
 from pt_jax.steps.optimizer import AdamW
 
-# Sums of two numbers with carries and borrows, and words spelled backward.
-FAMILIES = {
-  "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 3},
-  "spell_backward": {"min_word_len": 4, "max_word_len": 8},
-}
+# Sums and differences of two numbers of two or three digits, worked digit by digit.
+FAMILIES = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 3}}
 TEMPLATE = "plain"
 
 
@@ -27,7 +25,7 @@ def config(
   sft_steps: int = 220,
   sft_lr: float = 3e-3,
   grpo_steps: int = 100,
-  grpo_lr: float = 4e-4,
+  grpo_lr: float = 3e-4,
   prompts: int = 48,
   group_size: int = 8,
   width: int = 192,
@@ -55,7 +53,7 @@ def config(
     "held_out": 512,
     "seed": 0,
   }
-  sampling = recipes.until_turn_ends(tokenizer, TEMPLATE, max_tokens=56)
+  sampling = recipes.until_turn_ends(tokenizer, TEMPLATE, max_tokens=48)
   return Experiment(
     name="quickstart",
     tokenizer=ByteTokenizer,
@@ -94,7 +92,7 @@ def config(
         name="grpo",
         problems=functools.partial(recipes.problems, **data),
         rewards=recipes.correct_and_shaped,
-        objective=objective.dr_grpo(max_length=56),
+        objective=dataclasses.replace(objective.grpo(), kl=None),
         sampling=sampling,
         optimizer=AdamW(grpo_lr, steps=grpo_steps, warmup=5, final_scale=0.2),
         steps=grpo_steps,

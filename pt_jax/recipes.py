@@ -7,8 +7,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from pt_jax.data.chat import encode_prompt
 from pt_jax.data.chat_templates import load_template
 from pt_jax.data.masks import encode_chat, stop_tokens
@@ -54,9 +52,9 @@ def problems(
   assert_disjoint(train, kept_back)
   chat = load_template(template, tokenizer=tokenizer)
 
-  def encode(problem: Problem) -> np.ndarray:
-    turn = {"role": "user", "content": problem.prompt}
-    return encode_prompt([turn], tokenizer, chat, where=problem.id)
+  def encode(problem: Problem) -> list[int]:
+    turn: Message = {"role": "user", "content": problem.prompt}
+    return encode_prompt([turn], tokenizer, chat, where=problem.id).tolist()
 
   return Problems(train, kept_back, encode)
 
@@ -85,7 +83,7 @@ def demonstrations(
   row = lambda p: {"id": p.id, "prompt": p.prompt, "answer": demonstration(p)}
 
   def encode(row: Mapping[str, Any]) -> Example:
-    turns = [
+    turns: list[Message] = [
       {"role": "user", "content": row["prompt"]},
       {"role": "assistant", "content": row["answer"]},
     ]
@@ -94,7 +92,7 @@ def demonstrations(
 
   train = Mixture({"demonstrations": MemorySource([row(p) for p in task.train])}, seed=seed)
   kept_back = MemorySource([row(p) for p in task.held_out])
-  prompts = [task.encode(task.held_out[i]).tolist() for i in range(samples)]
+  prompts = [task.encode(task.held_out[i]) for i in range(samples)]
   return SupervisedData(train, kept_back, encode, prompts)
 
 
@@ -181,9 +179,9 @@ def jsonl_problems(
   problems = exclude(JsonlTask(train, answer_pattern=answer_pattern), kept_back)
   chat = load_template(template, tokenizer=tokenizer)
 
-  def encode(problem: Problem) -> np.ndarray:
-    turn = {"role": "user", "content": f"{problem.prompt}\n{instruction}"}
-    return encode_prompt([turn], tokenizer, chat, where=problem.id)
+  def encode(problem: Problem) -> list[int]:
+    turn: Message = {"role": "user", "content": f"{problem.prompt}\n{instruction}"}
+    return encode_prompt([turn], tokenizer, chat, where=problem.id).tolist()
 
   return Problems(problems, kept_back, encode)
 

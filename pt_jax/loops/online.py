@@ -225,7 +225,7 @@ class _Loop:
     stage = self.stage
     batches = [self._batch(part) for part in self._minibatches(judged)]
     order = np.random.default_rng((self.context.seed, step))
-    metrics = []
+    metrics: list[dict[str, jax.Array]] = []
     for _ in range(stage.epochs):
       for i in order.permutation(len(batches)):
         self.state, measured = self._update(self.state, batches[i])
@@ -265,8 +265,10 @@ class _Loop:
     step, updates, figures = self.pending
     self.pending = None
     measured = jax.device_get(updates)
-    worst = lambda name: max if name.endswith("_max") else lambda xs: float(np.mean(xs))
-    metrics = {name: float(worst(name)([float(m[name]) for m in measured])) for name in measured[0]}
+    metrics = {}
+    for name in measured[0]:
+      values = np.array([m[name] for m in measured])
+      metrics[name] = float(values.max() if name.endswith("_max") else values.mean())
     check_finite(metrics, step)
     self.context.stage.log(step, metrics | figures)
     progress.update(

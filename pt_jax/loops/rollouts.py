@@ -1,7 +1,7 @@
 """From problems to judged completions to packed policy batches: the host's part of online RL."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -76,7 +76,7 @@ def generate_and_judge(
   rollouts = engine.generate(prompts, sampling, key=key, n=n)
   completions = []
   for i, problem in enumerate(p for p in problems for _ in range(n)):
-    tokens = rollouts.tokens[i, rollouts.prompt_length[i] : rollouts.length[i]]
+    tokens = rollouts.tokens[i, rollouts.prompt_length[i] : rollouts.length[i]].tolist()
     stop = StopReason(int(rollouts.stop[i]))
     text = tokenizer.decode(tokens[:-1] if stop == StopReason.TOKEN else tokens)
     completions.append(Completion(problem, text, len(tokens), stop))
@@ -92,9 +92,11 @@ def concatenate(parts: Sequence[Judged]) -> Judged:
   join = lambda *xs: np.concatenate([np.asarray(x) for x in xs])
 
   def widen(r: Rollouts) -> Rollouts:
-    pad = lambda x, fill: np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill)
-    return r.replace(
-      tokens=pad(r.tokens, 0), logprobs=pad(r.logprobs, 0), version=pad(r.version, -1)
+    pad: Callable[[Any, int], Any] = lambda x, fill: np.pad(
+      x, ((0, 0), (0, width - x.shape[1])), constant_values=fill
+    )
+    return dataclasses.replace(
+      r, tokens=pad(r.tokens, 0), logprobs=pad(r.logprobs, 0), version=pad(r.version, -1)
     )
 
   rewards = Rewards(
@@ -129,7 +131,7 @@ def pack_policy(judged: Judged, credit: Credit, rows: int, row_length: int) -> P
     mask=cast(Any, mask),
     advantages=cast(Any, packing.spread(plan, credit.advantages) * (mask > 0)),
     old_logprobs=cast(Any, zeros),
-    sampler_logprobs=field(np.where(drawn, r.logprobs, 0)),
+    sampler_logprobs=cast(Any, field(np.where(drawn, r.logprobs, 0))),
     reference_logprobs=cast(Any, zeros),
   )
   return jax.tree.map(lambda x: x.reshape(-1, rows, row_length), batch)

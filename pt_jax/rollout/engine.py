@@ -271,8 +271,14 @@ def _use_layout(params: Params, *, config: ModelConfig) -> Params:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _empty_slots(config: ModelConfig, slots: int, length: int) -> Slots:
   zeros = lambda dtype: jnp.zeros(slots, dtype, out_sharding=USE.spec("batch"))
-  numbers = [zeros(jnp.int32) for _ in range(4)]
-  return Slots(kv.empty(config, slots, length), *numbers, zeros(bool))
+  return Slots(
+    cache=kv.empty(config, slots, length),
+    token=zeros(jnp.int32),
+    position=zeros(jnp.int32),
+    end=zeros(jnp.int32),
+    request=zeros(jnp.int32),
+    active=zeros(bool),
+  )
 
 
 def _draw(w, hidden, request, position, key, options: SamplingParams):
@@ -367,7 +373,7 @@ def _launch(
   zeros = lambda dtype: jnp.zeros((slots, LAUNCH), dtype, out_sharding=USE.spec("batch", None))
   count = jnp.zeros(slots, jnp.int32, out_sharding=USE.spec("batch"))
   gone = jax.reshard(gone, USE.spec("batch"))
-  state = state.replace(active=state.active & ~gone)
+  state = dataclasses.replace(state, active=state.active & ~gone)
   start = (jnp.int32(0), state, Drawn(zeros(jnp.int32), zeros(jnp.float32), count))
 
   def unfinished(carry: tuple[jax.Array, Slots, Drawn]) -> jax.Array:
@@ -387,7 +393,8 @@ def _launch(
     )
     ends = (token[:, None] == stop_tokens).any(-1) | (position + 1 >= state.end)
     go_on = state.active & ~ends
-    state = state.replace(
+    state = dataclasses.replace(
+      state,
       cache=cache,
       token=jnp.where(go_on, token, state.token),
       position=jnp.where(go_on, position, state.position),
@@ -424,4 +431,5 @@ def _rollouts(requests: Sequence[Request], prompts: Sequence[Sequence[int]]) -> 
     drawn = slice(prompt_length[i], length[i])
     tokens[i, drawn], logprobs[i, drawn], version[i, drawn] = r.tokens, r.logprobs, r.version
   stop = np.array([r.stop for r in requests], np.int8)
-  return Rollouts(tokens, prompt_length, length, logprobs, version, stop)
+  fields: Any = (tokens, prompt_length, length, logprobs, version, stop)
+  return Rollouts(*fields)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from pt_jax import weights
 from pt_jax.weights import Params, Table
@@ -48,8 +50,9 @@ class AdamW:
         f"{self.learning_rate} and {self.clip_norm}"
       )
 
-  def schedule(self, step: jax.Array) -> jax.Array:
+  def schedule(self, step: ArrayLike) -> jax.Array:
     """The learning rate of step 0, 1, ...; the first is already above 0."""
+    step = jnp.asarray(step)
     rise = (step + 1) / max(self.warmup, 1)
     share = (step - self.warmup) / max(self.steps - self.warmup, 1)
     fall = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1)))
@@ -65,7 +68,7 @@ class AdamW:
         raise ValueError(f"optimizer: group pattern {group.pattern!r} matches no parameter")
     per_leaf = [self._leaf(name, row.decay) for name, row in names]
 
-    def scale(updates: Params, state: optax.ScaleByScheduleState, params: Params):
+    def scale(updates: Params, state: Any, params: Params = None) -> tuple[Params, Any]:
       rate = -self.schedule(state.count)
       flat, tree = jax.tree.flatten(updates)
       flat = [

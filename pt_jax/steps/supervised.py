@@ -4,7 +4,7 @@ import jax
 
 from pt_jax.data.batch import Batch
 from pt_jax.losses import reduce, supervised
-from pt_jax.losses.reduce import Sum
+from pt_jax.losses.reduce import Reduction, Sum
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
 from pt_jax.models.logprobs import next_token_statistics
@@ -13,7 +13,7 @@ from pt_jax.weights import Params
 
 
 def sft_loss(
-  params: Params, batch: Batch, *, config: ModelConfig, reduction: str
+  params: Params, batch: Batch, *, config: ModelConfig, reduction: Reduction
 ) -> tuple[Sum, dict[str, Sum]]:
   """Negative log-likelihood of the target tokens under a named reduction, and its metrics.
 
@@ -42,7 +42,7 @@ def sft_loss(
 
 
 def sft_step(
-  state: TrainState, batch: Batch, *, config: ModelConfig, updater: Updater, reduction: str
+  state: TrainState, batch: Batch, *, config: ModelConfig, updater: Updater, reduction: Reduction
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimizer update over A microbatches; batch leaves are [A, B, S]."""
   loss = lambda params, part: sft_loss(params, part, config=config, reduction=reduction)
