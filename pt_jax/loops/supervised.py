@@ -23,7 +23,7 @@ from pt_jax.loops.batches import data_host, device_batch, global_batch
 from pt_jax.loops.context import Context, in_stage
 from pt_jax.loops.diagnostics import EarlyStopping, completions_of, perplexity, sample_metrics
 from pt_jax.loops.progress import Progress
-from pt_jax.losses.reduce import Sum
+from pt_jax.losses.reduce import Reduction, Sum
 from pt_jax.metrics import check_finite
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
@@ -65,7 +65,9 @@ def run_supervised(stage: Supervised, context: Context) -> tuple[Params, dict[st
 
 
 @functools.cache
-def compiled_step(config: ModelConfig, optimizer: AdamW, layout: Layout, reduction: str) -> Any:
+def compiled_step(
+  config: ModelConfig, optimizer: AdamW, layout: Layout, reduction: Reduction
+) -> Any:
   """The jitted, donated (state, batch with leaves [A, B, S]) -> (state, metrics)."""
   updater = Updater(optimizer, decoder.table(config), layout)
 
