@@ -1,0 +1,113 @@
+"""SIGKILL at random moments: what is resumed ends with the same bits as what was never killed.
+
+Each case is a command line of launch.local, so an online experiment is one more entry. The moments
+are drawn over the rows of metrics.jsonl, anew in every run of the test.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pt_jax import metrics
+from tests.loops.runs import logged
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parents[1]
+KILLS = 10
+CASES = {
+  "supervised": ["tests.loops.tiny", "--steps", "60"],
+}
+
+
+def start(case, runs, cache):
+  """A process that runs or resumes the case in the folder `runs`."""
+  settings = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  return subprocess.Popen(
+    [
+      sys.executable,
+      "-m",
+      "launch.local",
+      *CASES[case],
+      "--id",
+      "0",
+      "--runs",
+      str(runs),
+      "--quiet",
+    ],
+    cwd=REPOSITORY,
+    env={**os.environ, **settings},
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def finish(process):
+  error = process.communicate(timeout=900)[1]
+  assert process.returncode == 0, error
+
+
+def folder_of(runs):
+  return next(path.parent for path in runs.glob("*/0/config.json"))
+
+
+def arrays(folder):
+  """The parameters that every stage left, as Orbax wrote them: {path: bytes}."""
+  from pt_jax.checkpoint import Checkpointer
+
+  found = {}
+  for stage in sorted((folder / "params").iterdir()):
+    with Checkpointer(stage) as saved:
+      items = saved._manager.restore(saved.latest_step())
+      found[stage.name] = {k: np.asarray(v).tobytes() for k, v in items["arrays"].items()}
+  return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_ten_times_it_ends_with_the_same_bits(case, tmp_path):
+  cache = tmp_path / "cache"
+  finish(start(case, tmp_path / "whole", cache))
+  rng = np.random.default_rng()
+  moments = np.sort(rng.integers(0, rows_logged(tmp_path / "whole"), KILLS))
+  found = [kill(case, tmp_path / "killed", cache, after, rng) for after in moments]
+  finish(start(case, tmp_path / "killed", cache))
+  print(f"rows that were logged when the run was killed: {found}")
+  whole, resumed = folder_of(tmp_path / "whole"), folder_of(tmp_path / "killed")
+  assert arrays(resumed) == arrays(whole)
+  assert logged(resumed) == logged(whole)
+  samples = "samples.jsonl"
+  assert (resumed / samples).read_bytes() == (whole / samples).read_bytes()
+
+
+def kill(case, runs, cache, after, rng):
+  """Starts the run, kills it soon after row `after` of its log; returns how many there were."""
+  before = time.time()
+  process = start(case, runs, cache)
+  while process.poll() is None and not (goes_on(runs, before) and rows_logged(runs) >= after):
+    time.sleep(0.01)
+  time.sleep(rng.uniform(0, 0.5))
+  process.send_signal(signal.SIGKILL)
+  error = process.communicate()[1]
+  assert process.returncode == -signal.SIGKILL, f"it ended before it could be killed: {error}"
+  return rows_logged(runs)
+
+
+def goes_on(runs, since):
+  """Whether something was logged since then, and not only by the process before."""
+  return any(path.stat().st_mtime > since for path in runs.glob("*/0/metrics.jsonl"))
+
+
+def rows_logged(runs):
+  """How far a run has come."""
+  return sum(len(metrics.read_jsonl(path)) for path in runs.glob("*/0/metrics.jsonl"))
