@@ -147,12 +147,13 @@ def load_config(spec: str) -> Callable[..., Experiment]:
 def default_id(function: Callable[..., Experiment], arguments: Mapping[str, Any]) -> str:
   """A folder name from the arguments that differ from their defaults, and the seed.
 
-  Example: "lr=0.003,seed=1".
+  Example: "lr=0.003,seed=1". A path gives its last part; a hash then stands for the rest.
   """
   defaults = {n: p.default for n, p in inspect.signature(function).parameters.items()}
   told = {n: v for n, v in arguments.items() if v != defaults[n] or n == "seed"}
   text = ",".join(f"{name}={value}" for name, value in told.items()) or "default"
-  name = re.sub(r"[^A-Za-z0-9=,._+-]+", "-", text)
+  short = ",".join(f"{name}={str(value).rpartition('/')[2]}" for name, value in told.items())
+  name = re.sub(r"[^A-Za-z0-9=,._+-]+", "-", short or text)
   if name != text or len(name) > LONGEST_ID:  # two of them must not become one
     name = f"{name[:LONGEST_ID]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
   return name
