@@ -42,26 +42,25 @@ from pt_jax.weights import Params
 HISTOGRAMS_EVERY = 10  # steps
 
 
-@dataclasses.dataclass
 class Prompts:
   """An endless stream of problems, every epoch in an order of its own; its state is one number."""
 
-  task: Task
-  seed: int
-  drawn: int = 0
+  def __init__(self, task: Task, seed: int):
+    self.drawn = 0  # problems taken so far; set it to go on elsewhere
+    self._task, self._seed = task, seed
+    self._epoch, self._order = -1, np.zeros(0, int)
 
   def take(self, count: int) -> list[Problem]:
     """The next `count` problems."""
-    size = len(self.task)
-    indices = range(self.drawn, self.drawn + count)
+    problems = []
+    for i in range(self.drawn, self.drawn + count):
+      epoch, index = divmod(i, len(self._task))
+      if epoch != self._epoch:
+        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._task))
+        self._epoch, self._order = epoch, order
+      problems.append(self._task[int(self._order[index])])
     self.drawn += count
-    return [self.task[int(self._order(i // size)[i % size])] for i in indices]
-
-  @functools.lru_cache(maxsize=2)  # noqa: B019 - one stream lives as long as its loop
-  def _order(self, epoch: int) -> np.ndarray:
-    return np.random.default_rng((self.seed, epoch)).permutation(len(self.task))
-
-  __hash__ = object.__hash__
+    return problems
 
 
 def run_online(stage: Online, context: Context) -> tuple[Params, dict[str, float]]:
@@ -269,7 +268,10 @@ class _Loop:
     for name in measured[0]:
       values = np.array([m[name] for m in measured])
       metrics[name] = float(values.max() if name.endswith("_max") else values.mean())
-    check_finite(metrics, step)
+    try:
+      check_finite(metrics, step)
+    except ValueError as error:
+      raise ValueError(f"stage {self.stage.name}: {error}") from error
     self.context.stage.log(step, metrics | figures)
     progress.update(
       step,

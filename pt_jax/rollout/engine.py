@@ -15,7 +15,7 @@ once per refill. The paged engine keeps this interface.
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -27,16 +27,13 @@ from pt_jax import weights
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
 from pt_jax.rollout import cache as kv
-from pt_jax.rollout.rollouts import Detokenizer, Rollouts, SamplingParams, StopReason
+from pt_jax.rollout.rollouts import Detokenizer, Rollouts, SamplingParams
 from pt_jax.rollout.sampling import sample
+from pt_jax.rollout.schedule import Drawn, Fill, Schedule
 from pt_jax.sharding import USE, P
 from pt_jax.weights import Params
 
 LAUNCH = 64  # tokens per slot and launch at most
-REFILL = 8  # a launch ends when one slot in so many is free and requests wait
-ROUND = (
-  16  # prompt and cache lengths are rounded up to multiples, so that few programs are compiled
-)
 
 
 @flax.struct.dataclass
@@ -49,26 +46,6 @@ class Slots:
   end: jax.Array  # [N] int32, position that a completion may not reach
   request: jax.Array  # [N] int32, folded into the key
   active: jax.Array  # [N] bool
-
-
-@flax.struct.dataclass
-class Drawn:
-  """Tokens of one launch; entries past `count` are 0."""
-
-  tokens: jax.Array  # [N, LAUNCH] int32
-  logprobs: jax.Array  # [N, LAUNCH] float32
-  count: jax.Array  # [N] int32
-
-
-@dataclasses.dataclass
-class Request:
-  """One completion on the host."""
-
-  prompt: int  # index
-  tokens: list[int]
-  logprobs: list[float]
-  version: list[int]
-  stop: StopReason | None = None
 
 
 @dataclasses.dataclass
@@ -91,7 +68,7 @@ class Engine:
     *,
     slots: int,
     max_length: int,
-    detokenizer: type[Detokenizer] | Any = None,
+    detokenizer: Callable[[], Detokenizer] | None = None,
     version: int = 0,
   ):
     """Call it, and everything else, inside `jax.set_mesh`.
@@ -136,13 +113,37 @@ class Engine:
     """
     self._check(prompts, sampling, n)
     start = time.perf_counter()
-    longest = max(map(len, prompts))
-    width = min(self.max_length, -(-(longest + sampling.max_tokens) // ROUND) * ROUND)
-    requests = [Request(i // n, [], [], []) for i in range(len(prompts) * n)]
-    self._run(requests, prompts, sampling, key, longest, width)
-    self.figures.generated += sum(len(r.tokens) for r in requests)
+    schedule = Schedule(
+      prompts,
+      sampling,
+      n,
+      slots=self.slots,
+      max_length=self.max_length,
+      row_multiple=_batch_parts(),
+      detokenizer=self._detokenizer,
+    )
+    state = _empty_slots(self.config, self.slots, schedule.length)
+    stop_tokens = jnp.asarray(sampling.stop_tokens or (-1,), jnp.int32)
+    options = dataclasses.replace(sampling, max_tokens=1, stop_tokens=(), stop_strings=())
+    while schedule.unfinished:
+      if (fill := schedule.seat()) is not None:
+        state = _prefill(self._weights, state, fill, config=self.config)
+      state, drawn = _launch(
+        self._weights,
+        state,
+        schedule.free,
+        np.int32(schedule.enough),
+        key,
+        stop_tokens,
+        config=self.config,
+        options=options,
+      )
+      schedule.collect(jax.device_get(drawn), self.version)
+      self.figures.launches += 1
+    self.figures.prefilled += schedule.prefilled
+    self.figures.generated += sum(len(r.tokens) for r in schedule.requests)
     self.figures.seconds += time.perf_counter() - start
-    return _rollouts(requests, prompts)
+    return schedule.rollouts()
 
   def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, n: int) -> None:
     if not prompts or n < 1:
@@ -155,101 +156,6 @@ class Engine:
           f"generate: prompt {i} has {len(prompt)} tokens, expected 1 to {self.max_length - 1} "
           "(the engine's max_length, less one to draw)"
         )
-
-  def _run(self, requests, prompts, sampling, key, longest, width) -> None:
-    """The schedule: fill free slots, launch, collect, until no request is left."""
-    state = _empty_slots(self.config, self.slots, width)
-    seated: list[int | None] = [None] * self.slots
-    waiting = list(range(len(requests)))[::-1]
-    texts = {}
-    stop_tokens = jnp.asarray(sampling.stop_tokens or (-1,), jnp.int32)
-    options = dataclasses.replace(sampling, max_tokens=1, stop_tokens=(), stop_strings=())
-    while waiting or any(seat is not None for seat in seated):
-      free = [slot for slot, seat in enumerate(seated) if seat is None]
-      if waiting and free:
-        fill = self._seat(free, seated, waiting, requests, prompts, sampling, longest, width)
-        state = _prefill(self._weights, state, fill, config=self.config)
-      gone = np.array([seat is None for seat in seated])
-      spare = max(1, self.slots // REFILL) if waiting else self.slots
-      state, drawn = _launch(
-        self._weights,
-        state,
-        jnp.asarray(gone),
-        jnp.int32(min(spare + int(gone.sum()), self.slots)),
-        key,
-        stop_tokens,
-        config=self.config,
-        options=options,
-      )
-      self.figures.launches += 1
-      self._collect(jax.device_get(drawn), seated, requests, sampling, prompts, texts)
-
-  def _seat(self, free, seated, waiting, requests, prompts, sampling, longest, width) -> "Fill":
-    """Gives free slots to waiting requests; returns what the prefill has to know, padded."""
-    rows: dict[int, int] = {}
-    source = np.full(self.slots, -1, np.int32)
-    end, request = np.zeros(self.slots, np.int32), np.zeros(self.slots, np.int32)
-    for slot in free:
-      if not waiting:
-        break
-      index = waiting.pop()
-      prompt = requests[index].prompt
-      seated[slot] = index
-      source[slot] = rows.setdefault(prompt, len(rows))
-      end[slot] = min(len(prompts[prompt]) + sampling.max_tokens, width)
-      request[slot] = index
-    count = min(self.slots, 4 ** int(np.ceil(np.log(len(rows)) / np.log(4) - 1e-9)))
-    count = -(-max(count, len(rows)) // _batch_parts()) * _batch_parts()
-    tokens = np.zeros((count, -(-longest // ROUND) * ROUND), np.int32)
-    length = np.ones(count, np.int32)
-    for prompt, row in rows.items():
-      tokens[row, : len(prompts[prompt])] = prompts[prompt]
-      length[row] = len(prompts[prompt])
-      self.figures.prefilled += len(prompts[prompt])
-    return Fill(*(jnp.asarray(x) for x in (tokens, length, source, end, request)))
-
-  def _collect(self, drawn: Drawn, seated, requests, sampling, prompts, texts) -> None:
-    """Hands drawn tokens to their requests and frees the slots whose completion ended."""
-    for slot, index in enumerate(seated):
-      if index is None:
-        continue
-      request = requests[index]
-      tokens = drawn.tokens[slot, : drawn.count[slot]].tolist()
-      logprobs = drawn.logprobs[slot, : drawn.count[slot]].tolist()
-      for token, logprob in zip(tokens, logprobs):
-        request.tokens.append(token)
-        request.logprobs.append(logprob)
-        request.version.append(self.version)
-        request.stop = self._stop(request, index, token, sampling, prompts, texts)
-        if request.stop is not None:
-          seated[slot] = None
-          break
-
-  def _stop(self, request, index, token, sampling, prompts, texts) -> StopReason | None:
-    if token in sampling.stop_tokens:
-      return StopReason.TOKEN
-    if sampling.stop_strings:
-      detokenizer, text = texts.get(index) or (self._detokenizer(), "")
-      text += detokenizer.push(token)
-      texts[index] = detokenizer, text
-      if any(string in text for string in sampling.stop_strings):
-        return StopReason.STRING
-    if len(request.tokens) == sampling.max_tokens:
-      return StopReason.LENGTH
-    if len(prompts[request.prompt]) + len(request.tokens) >= self.max_length:
-      return StopReason.BUDGET
-    return None
-
-
-@flax.struct.dataclass
-class Fill:
-  """A refill: R prompt rows, and which of the N slots begins with which."""
-
-  tokens: jax.Array  # [R, P] int32, right-padded
-  length: jax.Array  # [R] int32
-  source: jax.Array  # [N] int32, row of the prompt, -1 for slots that go on
-  end: jax.Array  # [N] int32
-  request: jax.Array  # [N] int32
 
 
 def _batch_parts() -> int:
@@ -417,19 +323,3 @@ def _read(w: Params, state: Slots, c: ModelConfig) -> tuple[jax.Array, kv.Cache]
 
   x, kept = _layers(w, c, x, decoder.rope_angles(c, positions), attend)
   return x[:, 0], kv.Cache(tuple(k for k, _ in kept), tuple(v for _, v in kept))
-
-
-def _rollouts(requests: Sequence[Request], prompts: Sequence[Sequence[int]]) -> Rollouts:
-  """Finished requests as right-padded arrays, in NumPy."""
-  prompt_length = np.array([len(prompts[r.prompt]) for r in requests], np.int32)
-  length = prompt_length + np.array([len(r.tokens) for r in requests], np.int32)
-  shape = (len(requests), int(length.max()))
-  tokens, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-  version = np.full(shape, -1, np.int32)
-  for i, r in enumerate(requests):
-    tokens[i, : prompt_length[i]] = prompts[r.prompt]
-    drawn = slice(prompt_length[i], length[i])
-    tokens[i, drawn], logprobs[i, drawn], version[i, drawn] = r.tokens, r.logprobs, r.version
-  stop = np.array([r.stop for r in requests], np.int8)
-  fields: Any = (tokens, prompt_length, length, logprobs, version, stop)
-  return Rollouts(*fields)
