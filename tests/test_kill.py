@@ -23,6 +23,7 @@ REPOSITORY = Path(__file__).parents[1]
 KILLS = 10
 CASES = {
   "supervised": ["tests.loops.tiny", "--steps", "60"],
+  "online": ["tests.loops.letters", "--steps", "60"],
 }
 
 
