@@ -1,4 +1,4 @@
-"""The engine against a plain loop over the training forward pass; what a schedule may not change."""
+"""The engine against a plain loop over the training forward pass; what no schedule may change."""
 
 import functools
 

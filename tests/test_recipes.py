@@ -1,0 +1,146 @@
+"""Recipes: what is held out is not trained on, and what is trained is exactly the completion."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from pt_jax import recipes
+from pt_jax.data.scratchpads import demonstration
+from pt_jax.data.tasks import ReasoningGymTask, assert_disjoint, question_key
+from pt_jax.data.tokenizers import ByteTokenizer
+from pt_jax.rewards.verifiers import Completion
+from pt_jax.rollout.rollouts import StopReason
+
+TOKENIZER = ByteTokenizer()
+TEMPLATE = "plain"
+# So few sums of one digit exist that held-out ones are among the others before they are removed.
+FAMILIES = {
+  "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+  "spell_backward": {"min_word_len": 4, "max_word_len": 8},
+}
+DRAW = {"families": FAMILIES, "template": TEMPLATE, "size": 120, "held_out": 40, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def task():
+  return recipes.problems(TOKENIZER, **DRAW)
+
+
+@pytest.fixture(scope="module")
+def demonstrations():
+  return recipes.demonstrations(TOKENIZER, **DRAW, samples=3)
+
+
+def test_no_held_out_problem_is_trained_on(task):
+  trained = {question_key(problem) for problem in task.train}
+  held_out = {question_key(problem) for problem in task.held_out}
+  assert len(task.held_out) == 40 and not trained & held_out
+  drawn = ReasoningGymTask(FAMILIES, seed=3, size=120)
+  repeated = [problem for problem in drawn if question_key(problem) in held_out]
+  assert repeated and len(task.train) == 120 - len(repeated)  # there was something to remove
+  with pytest.raises(ValueError, match=r"repeats held-out .* \(\d+ train problems overlap\)"):
+    assert_disjoint(drawn, task.held_out)
+
+
+def test_the_same_problems_whatever_else_is_drawn(task):
+  again = recipes.problems(TOKENIZER, **DRAW)
+  assert [p.id for p in again.train] == [p.id for p in task.train]
+  other = recipes.problems(TOKENIZER, **(DRAW | {"seed": 9}))
+  assert [p.prompt for p in other.held_out] != [p.prompt for p in task.held_out]
+  more = recipes.problems(TOKENIZER, **(DRAW | {"size": 150}))
+  assert [p.prompt for p in more.held_out] == [p.prompt for p in task.held_out]
+
+
+def test_demonstrations_are_of_the_same_problems(task, demonstrations):
+  rows = demonstrations.train.sources["demonstrations"]
+  assert [rows[i]["id"] for i in range(len(rows))] == [problem.id for problem in task.train]
+  held_out = demonstrations.held_out
+  assert [held_out[i]["id"] for i in range(40)] == [problem.id for problem in task.held_out]
+  prompts = [list(task.encode(task.held_out[i])) for i in range(3)]
+  assert [list(prompt) for prompt in demonstrations.prompts] == prompts
+
+
+def test_what_is_trained_is_the_completion_and_the_prompt_is_what_comes_before(
+  task, demonstrations
+):
+  ends = recipes.until_turn_ends(TOKENIZER, TEMPLATE, max_tokens=8).stop_tokens
+  for problem, source in ((task.train[0], 0), (task.train[1], 1), (task.train[7], 7)):
+    row = demonstrations.train.sources["demonstrations"][source]
+    tokens, mask = demonstrations.encode(row)
+    prompt = list(task.encode(problem))
+    assert tokens[: len(prompt)].tolist() == prompt
+    assert not mask[: len(prompt)].any() and mask[len(prompt)] == 1
+    trained = tokens[mask > 0].tolist()
+    assert trained[-1] in ends and not set(trained[:-1]) & set(ends)
+    assert TOKENIZER.decode(trained[:-1]) == demonstration(problem)
+    # One stretch: the sampler, which begins at the prompt, sees what the cold start was taught.
+    assert np.flatnonzero(mask).tolist() == [*range(len(prompt), len(prompt) + len(trained))]
+
+
+def completion(problem, text):
+  return Completion(problem, text, len(text), StopReason.TOKEN)
+
+
+def test_a_demonstration_is_right_and_in_form(task):
+  problems = [task.train[i] for i in range(12)]
+  assert {problem.metadata["family"] for problem in problems} == {"chain_sum", "spell_backward"}
+  rewards = recipes.correct_and_shaped(0.25)([completion(p, demonstration(p)) for p in problems])
+  np.testing.assert_allclose(rewards.total, 1.25)
+  wrong = [re.sub("<answer>.*", "<answer>?</answer>", demonstration(p)) for p in problems]
+  rewards = recipes.correct_and_shaped(0.25)([completion(*pair) for pair in zip(problems, wrong)])
+  np.testing.assert_allclose(rewards.total, 0.25)
+  bare = recipes.correct_and_shaped(0.25)([completion(p, p.answer) for p in problems])
+  np.testing.assert_allclose(bare.components["format"], 0)
+
+
+def test_sampling_stops_where_a_turn_ends():
+  sampling = recipes.until_turn_ends(TOKENIZER, "chatml", max_tokens=9, temperature=0.5)
+  assert TOKENIZER.token_id("<|im_end|>") in sampling.stop_tokens
+  assert (sampling.max_tokens, sampling.temperature) == (9, 0.5)
+
+
+def chat(row):
+  return [
+    {"role": "user", "content": row["question"]},
+    {"role": "assistant", "content": row["answer"]},
+  ]
+
+
+def write(path, count, word):
+  lines = [json.dumps({"question": f"{word}{i}?", "answer": f"{word}{i}!"}) for i in range(count)]
+  path.write_text("\n".join(lines) + "\n")
+  return str(path)
+
+
+def test_conversations_keep_back_rows_of_the_file(tmp_path):
+  path = write(tmp_path / "rows.jsonl", 20, "a")
+  options = {"messages": chat, "fields": ("question", "answer"), "template": TEMPLATE}
+  data = recipes.conversations(TOKENIZER, train=path, held_out=5, samples=2, **options)
+  (source,) = data.train.sources.values()
+  trained = {source[i]["question"] for i in range(len(source))}
+  held_out = [data.held_out[i]["question"] for i in range(len(data.held_out))]
+  assert len(held_out) == 5 and len(trained) == 15 and not trained & set(held_out)
+  for i, prompt in enumerate(data.prompts):
+    tokens, mask = data.encode(data.held_out[i])
+    assert tokens[: len(prompt)].tolist() == list(prompt)
+    assert int(np.flatnonzero(mask)[0]) == len(prompt) and mask[len(prompt) :].all()
+    assert held_out[i] in TOKENIZER.decode(prompt)
+
+
+def test_conversations_with_a_file_of_their_own_to_evaluate_on(tmp_path):
+  train, other = (write(tmp_path / f"{word}.jsonl", 8, word) for word in "ab")
+  options = {"messages": chat, "fields": ("question", "answer"), "template": TEMPLATE}
+  data = recipes.conversations(TOKENIZER, train=train, held_out=5, held_out_path=other, **options)
+  (source,) = data.train.sources.values()
+  assert len(source) == 8
+  assert [data.held_out[i]["question"] for i in range(len(data.held_out))] == [
+    f"b{i}?" for i in range(5)
+  ]
+
+
+def test_a_small_decoder_is_as_asked():
+  config = recipes.small_decoder(272, width=256, layers=2, max_length=128)
+  assert (config.heads, config.kv_heads, config.head_dim) == (4, 2, 64)
+  assert (config.width, config.layers, config.max_length, config.vocab_size) == (256, 2, 128, 272)
