@@ -73,7 +73,7 @@ def compiled_step(
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
     state, metrics = sft_step(state, batch, config=config, updater=updater, reduction=reduction)
-    del metrics["tokens"]  # the weight of the objective: tokens or segments
+    del metrics["loss/weight"]  # tokens or segments, as the reduction has it
     held = jnp.sum(batch.segment_ids >= 0)
     counts = {"data/tokens": held, "data/targets": jnp.sum(batch.mask > 0)}
     return state, metrics | counts | {"data/packing": held / batch.tokens.size}

@@ -36,7 +36,7 @@ def test_metrics(reduction):
   assert abs(np.mean(samples) - nats) > 1e-3, "the reductions differ here"
   want = {
     "loss": loss,
-    "tokens": mask.sum() if reduction == "token_mean" else len(samples),
+    "loss/weight": mask.sum() if reduction == "token_mean" else len(samples),
     "loss/nats_per_token": nats,
     "loss/entropy": entropy[mask].mean(),
     "loss/accuracy": (top1 == fields["tokens"])[mask].mean(),
@@ -71,7 +71,7 @@ def test_weights_of_tokens_are_read():
   _, metrics = run("token_mean", tiny.batch(Batch, mask=alone))
   logprobs, _, _ = tiny.numpy_statistics(1.0)
   np.testing.assert_allclose(metrics["loss"], -logprobs[row, place], rtol=2e-5)
-  np.testing.assert_allclose(metrics["tokens"], 0.25)
+  np.testing.assert_allclose(metrics["loss/weight"], 0.25)
 
 
 def test_a_nan_does_not_hide():
