@@ -94,7 +94,7 @@ def stage(*, steps: int = 20, lr: float = 0.03, **changes) -> Online:
     "steps": steps,
     "prompts": 4,
     "group_size": 8,
-    "rows": 4,
+    "rows": 16,  # an update of 32 completions takes one or two microbatches: two programs
     "row_length": 16,
     "slots": 8,
     "evaluate_every": 8,
