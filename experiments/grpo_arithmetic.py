@@ -61,7 +61,7 @@ def grpo(*, seed: int = 0) -> Experiment:
   Args:
     seed: of initialisation, data order and sampling.
   """
-  return config(algorithm="grpo", seed=seed)
+  return _named("grpo", seed)
 
 
 def dr_grpo(*, seed: int = 0) -> Experiment:
@@ -70,7 +70,7 @@ def dr_grpo(*, seed: int = 0) -> Experiment:
   Args:
     seed: of initialisation, data order and sampling.
   """
-  return config(algorithm="dr_grpo", seed=seed)
+  return _named("dr_grpo", seed)
 
 
 def dapo(*, seed: int = 0) -> Experiment:
@@ -79,7 +79,12 @@ def dapo(*, seed: int = 0) -> Experiment:
   Args:
     seed: of initialisation, data order and sampling.
   """
-  return config(algorithm="dapo", seed=seed)
+  return _named("dapo", seed)
+
+
+def _named(algorithm: Algorithm, seed: int) -> Experiment:
+  base = config(algorithm=algorithm, seed=seed)
+  return dataclasses.replace(base, name=f"{base.name}_{algorithm}")
 
 
 def _objective(algorithm: Algorithm, length: int) -> Objective:

@@ -22,25 +22,27 @@ TEMPLATE = "plain"
 
 def config(
   *,
-  sft_steps: int = 220,
+  sft_steps: int = 340,
   sft_lr: float = 3e-3,
   grpo_steps: int = 100,
-  grpo_lr: float = 3e-4,
+  grpo_lr: float = 1e-4,
   prompts: int = 48,
   group_size: int = 8,
+  minibatches: int = 1,
   width: int = 192,
   layers: int = 3,
   seed: int = 0,
 ) -> Experiment:
-  """A 1.4 M parameter byte-level Qwen-3-shaped decoder.
+  """A 1.5 M parameter byte-level Qwen-3-shaped decoder.
 
   Args:
     sft_steps: updates of the cold start.
     sft_lr: its peak learning rate.
-    grpo_steps: steps of GRPO, one update each.
-    grpo_lr: its learning rate.
+    grpo_steps: steps of GRPO.
+    grpo_lr: its peak learning rate.
     prompts: problems per GRPO step.
     group_size: completions per problem.
+    minibatches: updates per GRPO step.
     width: of the residual stream.
     layers: blocks.
     seed: of initialisation, data order and sampling; the problems are the same for every seed.
@@ -73,7 +75,7 @@ def config(
     stages=(
       Supervised(
         name="sft",
-        data=functools.partial(recipes.demonstrations, **data, samples=16),
+        data=functools.partial(recipes.demonstrations, **data, samples=16, direct=0.5),
         layout=Layout(batch_size=12, row_length=256),
         optimizer=AdamW(sft_lr, steps=sft_steps, warmup=sft_steps // 10, weight_decay=0.01),
         evaluate_every=50,
@@ -94,10 +96,13 @@ def config(
         rewards=recipes.correct_and_shaped,
         objective=dataclasses.replace(objective.grpo(), kl=None),
         sampling=sampling,
-        optimizer=AdamW(grpo_lr, steps=grpo_steps, warmup=5, final_scale=0.2),
+        optimizer=AdamW(
+          grpo_lr, steps=grpo_steps * minibatches, warmup=min(5, grpo_steps), final_scale=0.2
+        ),
         steps=grpo_steps,
         prompts=prompts,
         group_size=group_size,
+        minibatches=minibatches,
         rows=16,
         row_length=256,
         checkpoint_every=25,

@@ -4,6 +4,7 @@ Bind their options with `functools.partial`; the tokenizer comes when the stage 
 """
 
 import functools
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from pt_jax.data.masks import encode_chat, stop_tokens
 from pt_jax.data.messages import Message
 from pt_jax.data.mixtures import Mixture
 from pt_jax.data.packing import Example
-from pt_jax.data.scratchpads import compact_prompt, demonstration
+from pt_jax.data.scratchpads import compact_prompt, demonstration, solve
 from pt_jax.data.sources import MemorySource, Subset, open_source, split
 from pt_jax.data.tasks import JsonlTask, Problem, ReasoningGymTask, assert_disjoint, exclude
 from pt_jax.data.tokenizers import Tokenizer
@@ -68,19 +69,29 @@ def demonstrations(
   held_out: int,
   seed: int,
   samples: int,
+  direct: float = 0.0,
 ) -> SupervisedData:
-  """Worked solutions of the problems of `problems` (same arguments): a cold start imitates them.
+  """Solutions of the problems of `problems` (same arguments): a cold start imitates them.
 
   Args:
     tokenizer: encodes.
     families, template, size, held_out, seed: as in `problems`; held-out rows are the held-out ones.
     samples: held-out prompts that periodic samples answer.
+    direct: share of the solutions that answer without working, `<think></think>`.
   """
   task = problems(
     tokenizer, families=families, template=template, size=size, held_out=held_out, seed=seed
   )
   chat = load_template(template, tokenizer=tokenizer)
-  row = lambda p: {"id": p.id, "prompt": p.prompt, "answer": demonstration(p)}
+
+  def row(problem: Problem) -> dict[str, str]:
+    blurted = random.Random(problem.id).random() < direct
+    answer = f"<think></think><answer>{solve(problem)[1]}</answer>"
+    return {
+      "id": problem.id,
+      "prompt": problem.prompt,
+      "answer": answer if blurted else demonstration(problem),
+    }
 
   def encode(row: Mapping[str, Any]) -> Example:
     turns: list[Message] = [

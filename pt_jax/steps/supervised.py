@@ -48,7 +48,10 @@ def sft_step(
   loss = lambda params, part: sft_loss(params, part, config=config, reduction=reduction)
   grads, value, metrics = updater.accumulate(loss, state.params, batch)
   state, optimizer_metrics = updater.apply(state, grads, value.weight)
-  return state, means(metrics) | {"loss": value.mean(), "loss/weight": value.weight} | optimizer_metrics
+  return state, means(metrics) | {
+    "loss": value.mean(),
+    "loss/weight": value.weight,
+  } | optimizer_metrics
 
 
 def sft_evaluate(params: Params, batch: Batch, *, config: ModelConfig) -> dict[str, Sum]:
