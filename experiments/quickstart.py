@@ -22,9 +22,9 @@ TEMPLATE = "plain"
 
 def config(
   *,
-  sft_steps: int = 340,
+  sft_steps: int = 400,
   sft_lr: float = 3e-3,
-  grpo_steps: int = 100,
+  grpo_steps: int = 80,
   grpo_lr: float = 1e-4,
   prompts: int = 48,
   group_size: int = 8,
