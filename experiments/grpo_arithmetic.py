@@ -23,9 +23,9 @@ FAMILIES = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 3, "max_
 def config(
   *,
   algorithm: Algorithm = "grpo",
-  sft_steps: int = 250,
-  steps: int = 100,
-  lr: float = 1.5e-4,
+  sft_steps: int = 400,
+  steps: int = 80,
+  lr: float = 1e-4,
   prompts: int = 48,
   group_size: int = 8,
   seed: int = 0,
