@@ -12,12 +12,14 @@ from pt_jax.data.pipeline import Layout
 from pt_jax.data.tokenizers import ByteTokenizer
 from pt_jax.experiment import EarlyStop, Evaluate, Experiment, Online, Supervised
 from pt_jax.losses import objective
-from pt_jax.models.config import ModelConfig
+from pt_jax.rollout.rollouts import SamplingParams
 from pt_jax.steps.optimizer import AdamW
 
 # Sums and differences of two numbers of two or three digits, worked digit by digit.
 FAMILIES = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 3}}
 TEMPLATE = "plain"
+DATA = {"families": FAMILIES, "template": TEMPLATE, "size": 20_000, "held_out": 512, "seed": 0}
+ROW_LENGTH = 256
 
 
 def config(
@@ -48,66 +50,52 @@ def config(
     seed: of initialisation, data order and sampling; the problems are the same for every seed.
   """
   tokenizer = ByteTokenizer()
-  data = {
-    "families": FAMILIES,
-    "template": TEMPLATE,
-    "size": 20_000,
-    "held_out": 512,
-    "seed": 0,
-  }
+  model = recipes.small_decoder(
+    tokenizer.vocab_size, width=width, layers=layers, max_length=ROW_LENGTH
+  )
   sampling = recipes.until_turn_ends(tokenizer, TEMPLATE, max_tokens=48)
+  judged = {
+    "problems": functools.partial(recipes.problems, **DATA),
+    "rewards": recipes.correct_and_shaped,
+    "sampling": sampling,
+  }
+  updates = grpo_steps * minibatches
   return Experiment(
     name="quickstart",
     tokenizer=ByteTokenizer,
-    model=ModelConfig(
-      vocab_size=tokenizer.vocab_size,
-      width=width,
-      layers=layers,
-      heads=width // 64,
-      kv_heads=width // 64,
-      head_dim=64,
-      hidden=3 * width,
-      qk_norm=True,
-      tied_embeddings=True,
-      remat="none",
-      unroll=True,
-    ),
+    model=dataclasses.replace(model, kv_heads=model.heads),
     stages=(
-      Supervised(
-        name="sft",
-        data=functools.partial(recipes.demonstrations, **data, samples=16, direct=0.5),
-        layout=Layout(batch_size=12, row_length=256),
-        optimizer=AdamW(sft_lr, steps=sft_steps, warmup=sft_steps // 10, weight_decay=0.01),
-        evaluate_every=50,
-        checkpoint_every=50,
-        sample_every=50,
-        sampling=sampling,
-        stop=(EarlyStop("eval/nats_per_token", rises=True, patience=2),),
-      ),
-      Evaluate(
-        name="cold_start",
-        problems=functools.partial(recipes.problems, **data),
-        rewards=recipes.correct_and_shaped,
-        sampling=sampling,
-      ),
+      cold_start(sft_steps, sft_lr, sampling),
+      Evaluate(name="cold_start", **judged),
       Online(
         name="grpo",
-        problems=functools.partial(recipes.problems, **data),
-        rewards=recipes.correct_and_shaped,
         objective=dataclasses.replace(objective.grpo(), kl=None),
-        sampling=sampling,
-        optimizer=AdamW(
-          grpo_lr, steps=grpo_steps * minibatches, warmup=min(5, grpo_steps), final_scale=0.2
-        ),
+        optimizer=AdamW(grpo_lr, steps=updates, warmup=min(5, updates), final_scale=0.2),
         steps=grpo_steps,
         prompts=prompts,
         group_size=group_size,
         minibatches=minibatches,
         rows=16,
-        row_length=256,
+        row_length=ROW_LENGTH,
         checkpoint_every=25,
         evaluate_every=50,
+        **judged,
       ),
     ),
     seed=seed,
+  )
+
+
+def cold_start(steps: int, lr: float, sampling: SamplingParams) -> Supervised:
+  """Imitation of worked sums, and of as many that are answered without working."""
+  return Supervised(
+    name="sft",
+    data=functools.partial(recipes.demonstrations, **DATA, samples=16, direct=0.5),
+    layout=Layout(batch_size=12, row_length=ROW_LENGTH),
+    optimizer=AdamW(lr, steps=steps, warmup=steps // 10, weight_decay=0.01),
+    evaluate_every=50,
+    checkpoint_every=50,
+    sample_every=50,
+    sampling=sampling,
+    stop=(EarlyStop("eval/nats_per_token", rises=True, patience=2),),
   )
