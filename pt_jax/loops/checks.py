@@ -16,6 +16,7 @@ from pt_jax.experiment import Evaluate, Online, Supervised
 from pt_jax.loops import supervised
 from pt_jax.loops.context import in_stage
 from pt_jax.loops.diagnostics import SAMPLE_METRICS
+from pt_jax.loops.rollouts import CORRECT
 from pt_jax.models.config import ModelConfig
 from pt_jax.sharding import USE
 from pt_jax.weights import Table
@@ -109,7 +110,12 @@ def _check_problems(
   stage: Online | Evaluate, tokenizer: Tokenizer, config: ModelConfig, mesh: jax.sharding.Mesh
 ) -> None:
   sharding.check_divides("slots", (stage.slots,), ("batch",), USE, mesh)
-  problems, _ = stage.problems(tokenizer), stage.rewards()
+  problems, stack = stage.problems(tokenizer), stage.rewards()
+  names = [component.name for component in stack.components]
+  if CORRECT not in names:
+    raise ValueError(
+      f"expected a reward component named {CORRECT!r} (pass@1 is its mean), found {names}"
+    )
   count = stage.evaluate_problems if isinstance(stage, Online) else stage.count
   if len(problems.held_out) < count:
     raise ValueError(f"held-out problems: expected {count}, found {len(problems.held_out)}")

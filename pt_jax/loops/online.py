@@ -81,7 +81,6 @@ def run_online(stage: Online, context: Context) -> tuple[Params, dict[str, float
 def run_evaluate(stage: Evaluate, context: Context) -> tuple[Params, dict[str, float]]:
   """Scores the parameters of the stage before on held-out problems; returns them unchanged."""
   task, stack = stage.problems(context.tokenizer), stage.rewards()
-  _check_correct(stage.name, stack)
   longest = max(len(task.encode(p)) for p in _held_out(task, stage.count))
   length = longest + stage.sampling.max_tokens
   engine = _engine(context, context.params, stage.slots, length)
@@ -122,7 +121,6 @@ class _Loop:
   def __init__(self, stage: Online, context: Context):
     self.stage, self.context = stage, context
     self.task, self.stack = stage.problems(context.tokenizer), stage.rewards()
-    _check_correct(stage.name, self.stack)
     _held_out(self.task, stage.evaluate_problems)
     self.updater = Updater(stage.optimizer, context.table, context.layout)
     self.prompts = Prompts(self.task.train, context.seed)
@@ -297,15 +295,6 @@ def _zero_variance(judged: Judged) -> float:
   np.minimum.at(low, group, total)
   np.maximum.at(high, group, total)
   return float(np.mean(low == high))
-
-
-def _check_correct(stage: str, stack: RewardStack) -> None:
-  names = [component.name for component in stack.components]
-  if CORRECT not in names:
-    raise ValueError(
-      f"stage {stage}: expected a reward component named {CORRECT!r} (pass@1 is its mean), "
-      f"found {names}"
-    )
 
 
 def _held_out(task: Problems, count: int) -> list[Problem]:
