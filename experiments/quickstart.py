@@ -4,7 +4,7 @@ make quickstart
 python -m launch.local experiments.quickstart --seed 1
 
 Seen on a 2-core CPU with other jobs beside it, seed 0, 10m41s with the installation: held-out
-pass@1 (512 problems) from 0.273 after the cold start to 0.748 after GRPO, greedy from 0.287 to 0.891.
+pass@1 (512 problems) from 0.273 after the cold start to 0.748 after GRPO, greedy 0.287 to 0.891.
 """
 
 import dataclasses
