@@ -205,7 +205,7 @@ def _peer(interpreter: str, script: str) -> list[tuple[float, float, str]]:
   done = subprocess.run(
     [interpreter, str(path)], input=json.dumps(SPEC), text=True, capture_output=True, check=False
   )
-  lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+  lines = [line for line in done.stdout.splitlines() if line.startswith('{"peer"')]
   if done.returncode or not lines:
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
     print(f"{script}: failed: {last}")

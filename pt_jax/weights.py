@@ -106,27 +106,33 @@ def project(
   equation: str,
   *,
   out_sharding: jax.P | None = None,
-  precision: str | None = None,
 ) -> jax.Array:
   """`einsum(equation, x, weight)` in the dtype of x.
 
   Args:
-    x: activations whose first two axes, B and S, are those of the result.
-    weight: the weight, in whatever form its leaf type stores it; cast to the dtype of x.
+    x: activations; its first two axes, B and S, are those of the result, the others are contracted.
+    weight: the weight, in whatever form its leaf type stores it; cast to the dtype of x. The axes
+      that are contracted come first.
     equation: e.g. "bsd,dhk->bshk".
     out_sharding: needed when a contracted axis is split on both sides (the product is then summed
       over that mesh axis).
-    precision: of the product, as in `jnp.einsum`.
 
-  Where S is whole, B and S are merged first: the weight's gradient is then one matrix product over
-  all tokens, which XLA runs 1.6 times faster on CPU than the same sum over two axes.
+  Where S is whole, the product is one of two matrices, [B S, in] and [in, out], and so are its
+  gradients: XLA runs them up to twice as fast on CPU as the same sums over more axes.
   """
   weight = weight.astype(x.dtype)
   if jax.typeof(x).sharding.spec[1] is not None:
-    return jnp.einsum(equation, x, weight, out_sharding=out_sharding, precision=precision)
+    return jnp.einsum(equation, x, weight, out_sharding=out_sharding)
+  inputs = x.ndim - 2
+  kept = weight.shape[inputs:]
+  matrix = _merge(_merge(weight, 0, inputs), 1, len(kept))
+  rows = _merge(_merge(x, 0, 2), 1, inputs)
   if out_sharding is not None:
     out_sharding = jax.P(out_sharding[0], *out_sharding[2:])
-  tokens = x.reshape(-1, *x.shape[2:])
-  merged = equation.replace("bs", "b")
-  out = jnp.einsum(merged, tokens, weight, out_sharding=out_sharding, precision=precision)
-  return out.reshape(*x.shape[:2], *out.shape[1:])
+  out = jnp.einsum("nd,df->nf", rows, matrix, out_sharding=out_sharding)
+  return out.reshape(-1, *kept).reshape(*x.shape[:2], *kept)
+
+
+def _merge(x: jax.Array, first: int, count: int) -> jax.Array:
+  """x with `count` axes from `first` on made into one."""
+  return x.reshape(*x.shape[:first], -1, *x.shape[first + count :])

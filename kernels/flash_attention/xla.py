@@ -4,6 +4,8 @@ Letters: B batch, S query positions, T key positions, G key/value heads, R queri
 head width. H = G * R query heads.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -44,39 +46,102 @@ def flash_attention(
   """
   chex.assert_rank([q, k, v], 4)
   chex.assert_equal_shape([k, v])
-  batch, length, heads, width = q.shape
+  queries, keys = (q_positions, q_segments), (k_positions, k_segments)
+  return _attention(q, k, v, queries, keys, scale, aligned)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, queries, keys, scale, aligned):
+  return _forward(q, k, v, queries, keys, scale, aligned)[0]
+
+
+def _blocks(length: int, keys: int, aligned: bool) -> list[tuple[slice, slice]]:
+  """(queries, keys that they may see) of every block."""
+  if not aligned:
+    return [(slice(0, length), slice(0, keys))]
+  size = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS))
+  ends = [min(start + size, length) for start in range(0, length, size)]
+  return [(slice(start, end), slice(0, end)) for start, end in zip([0, *ends], ends)]
+
+
+def _rows(x: jax.Array, block: slice, groups: int, scale: float = 1.0) -> jax.Array:
+  """[B, S, H, K] -> [B, G, R s, K]: a block of queries, those of a group with their common key head
+  as the rows of one matrix."""
+  x = x[:, block] * jnp.asarray(scale, x.dtype)
+  batch, length, _, width = x.shape
+  x = x.reshape(batch, length, groups, -1, width).transpose(0, 2, 3, 1, 4)
+  return x.reshape(batch, groups, -1, width)
+
+
+def _heads(rows: jax.Array, length: int) -> jax.Array:
+  """[B, G, R s, K] -> [B, s, H, K], the way back."""
+  batch, groups, _, width = rows.shape
+  x = rows.reshape(batch, groups, -1, length, width).transpose(0, 3, 1, 2, 4)
+  return x.reshape(batch, length, -1, width)
+
+
+def _scores(rows, k, queries, keys, block):
+  """Scores [B, G, R s, T] of a block in float32, and which of them count."""
+  (q_positions, q_segments), (k_positions, k_segments) = queries, keys
+  own, seen_keys = block
+  segments = q_segments[:, own, None]
+  seen = (segments == k_segments[:, None, seen_keys]) & (segments >= 0)
+  seen &= q_positions[:, own, None] >= k_positions[:, None, seen_keys]
+  seen = jnp.tile(seen[:, None], (1, 1, rows.shape[2] // seen.shape[1], 1))
+  return jnp.einsum("bgsk,bgtk->bgst", rows, k, preferred_element_type=jnp.float32), seen
+
+
+def _forward(q, k, v, queries, keys, scale, aligned):
+  length, groups = q.shape[1], k.shape[2]
+  k_rows, v_rows = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+  out, log_sums = [], []
+  for block in _blocks(length, k.shape[1], aligned):
+    own, others = block
+    rows = _rows(q, own, groups, scale)
+    scores, seen = _scores(rows, k_rows[:, :, others], queries, keys, block)
+    scores = jnp.where(seen, scores, MASKED)
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    some = jnp.einsum(
+      "bgst,bgtk->bgsk", weights.astype(v.dtype), v_rows[:, :, others],
+      preferred_element_type=jnp.float32,
+    )
+    some = jnp.where(top > MASKED, some / total, 0).astype(v.dtype)
+    out.append(_heads(some, own.stop - own.start))
+    log_sums.append(top + jnp.log(total))
+  out = jnp.concatenate(out, axis=1)
+  return out, (q, k, v, queries, keys, out, log_sums)
+
+
+def _backward(scale, aligned, saved, g):
+  """With P = softmax(S): dV = P' dO, dS = P (dO V' - rowsum(dO O)), dQ = dS K, dK = dS' Q."""
+  q, k, v, queries, keys, out, log_sums = saved
   groups = k.shape[2]
-  q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, groups, heads // groups, width)
-  q, k, v = q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  size = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS)) if aligned else length
-  out = []
-  for start in range(0, length, size):
-    end = min(start + size, length)
-    keys = end if aligned else k.shape[2]
-    seen = q_segments[:, start:end, None] == k_segments[:, None, :keys]
-    seen &= q_positions[:, start:end, None] >= k_positions[:, None, :keys]
-    seen &= (q_segments >= 0)[:, start:end, None]
-    out.append(_block(q[:, :, :, start:end], k[:, :, :keys], v[:, :, :keys], seen))
-  out = jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4)
-  return out.reshape(batch, length, heads, width)
+  k_rows, v_rows = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  dq, dk, dv = [], jnp.zeros(k_rows.shape, jnp.float32), jnp.zeros(v_rows.shape, jnp.float32)
+  blocks = _blocks(q.shape[1], k.shape[1], aligned)
+  for block, log_sum in reversed(list(zip(blocks, log_sums))):
+    own, others = block
+    rows, g_rows = _rows(q, own, groups, scale), _rows(g, own, groups)
+    dot = jnp.sum(g_rows.astype(jnp.float32) * _rows(out, own, groups), -1, keepdims=True)
+    k_own, v_own = k_rows[:, :, others], v_rows[:, :, others]
+    scores, seen = _scores(rows, k_own, queries, keys, block)
+    weights = jnp.where(seen, jnp.exp(scores - log_sum), 0)
+    d_weights = product("bgsk,bgtk->bgst", g_rows, v_own)
+    d_scores = (weights * (d_weights - dot)).astype(q.dtype)
+    dq.append(_heads(product("bgst,bgtk->bgsk", d_scores, k_own) * scale, own.stop - own.start))
+    dk = dk.at[:, :, others].set(dk[:, :, others] + product("bgst,bgsk->bgtk", d_scores, rows))
+    dv = dv.at[:, :, others].set(
+      dv[:, :, others] + product("bgst,bgsk->bgtk", weights.astype(v.dtype), g_rows)
+    )
+  dq = jnp.concatenate(dq[::-1], axis=1)
+  dk, dv = dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
-def _block(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-  """q [B, G, R, S, K], k and v [B, G, T, K], seen [B, S, T] -> [B, G, R, S, K].
-
-  The R query heads of a group are folded into the rows of one product with their common key head.
-  """
-  batch, groups, repeats, length, width = q.shape
-  rows = q.reshape(batch, groups, repeats * length, width)
-  scores = jnp.einsum("bgsk,bgtk->bgst", rows, k, preferred_element_type=jnp.float32)
-  scores = scores.reshape(batch, groups, repeats, length, -1)
-  scores = jnp.where(seen[:, None, None], scores, MASKED)
-  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-  total = weights.sum(-1, keepdims=True)
-  weights = weights.reshape(batch, groups, repeats * length, -1).astype(v.dtype)
-  out = jnp.einsum("bgst,bgtk->bgsk", weights, v, preferred_element_type=jnp.float32)
-  out = out.reshape(batch, groups, repeats, length, width) / total
-  return jnp.where(seen.any(-1)[:, None, None, :, None], out, 0).astype(v.dtype)
+_attention.defvjp(_forward, _backward)
 
 
 def cached_attention(
@@ -86,16 +151,18 @@ def cached_attention(
 
   Args:
     q: [B, H, K].
-    k, v: [B, G, T, K]; query head h reads key head h // (H / G).
+    k: [B, G, K, T]; query head h reads key head h // (H / G). XLA on CPU would otherwise transpose
+      every key matrix for every query.
+    v: [B, G, T, K].
     position: [B] int32, of the query; its own key is in the cache.
     scale: multiplies the scores.
 
   Returns:
     [B, H, K] in the dtype of v.
   """
-  batch, groups, length, width = k.shape
+  batch, groups, length, width = v.shape
   q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, groups, -1, width)
-  scores = jnp.einsum("bgrk,bgtk->bgrt", q, k, preferred_element_type=jnp.float32)
+  scores = jnp.einsum("bgrk,bgkt->bgrt", q, k, preferred_element_type=jnp.float32)
   seen = jnp.arange(length) <= position[:, None]
   scores = jnp.where(seen[:, None, None], scores, MASKED)
   weights = jax.nn.softmax(scores).astype(v.dtype)

@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernels.flash_attention import flash_attention
 from pt_jax import weights
 from pt_jax.models.config import Llama3Rope, ModelConfig
+from pt_jax.models.layers import rms_norm, rotate
 from pt_jax.sharding import USE, Rules
 from pt_jax.weights import Param, Params, Table, project
 
@@ -65,13 +65,6 @@ def table(c: ModelConfig) -> Table:
   return rows
 
 
-def rms_norm(x: jax.Array, gain: jax.Array, epsilon: float) -> jax.Array:
-  """x / sqrt(mean(x^2) + epsilon) * gain over the last axis, in float32, returned in x's dtype."""
-  y = x.astype(jnp.float32)
-  y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + epsilon)
-  return (y * gain.astype(jnp.float32)).astype(x.dtype)
-
-
 def rope_frequencies(c: ModelConfig) -> jax.Array:
   """[K/2] float32 angular frequencies theta^(-2i/K), stretched as `c.rope_scaling` says."""
   frequency = c.rope_theta ** (-jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim)
@@ -87,24 +80,18 @@ def _llama3_frequencies(frequency: jax.Array, s: Llama3Rope) -> jax.Array:
   return frequency * (keep + (1 - keep) / s.factor)
 
 
-def rope_angles(c: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """cos and sin [B, S, 1, K] float32 of the rotary angles at `positions` [B, S]."""
-  frequency = jnp.tile(rope_frequencies(c), 2)
-  angles = positions[:, :, None, None].astype(jnp.float32) * frequency
-  return jnp.cos(angles), jnp.sin(angles)
+def rope_angles(
+  c: ModelConfig, positions: jax.Array, limit: int
+) -> tuple[jax.Array, jax.Array]:
+  """cos and sin [B, S, 1, K/2] float32 of the rotary angles at `positions` [B, S] < `limit`.
 
-
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotary embedding of heads x [B, S, H, K], pairing i with i + K/2 (the HF convention).
-
-  x cos + (-b, a) sin for x = (a, b). The swap is a product with a signed permutation, exact in any
-  dtype; as slices and a concatenation it was the slowest fusion in a CPU profile of a train step.
+  Looked up in a table of the positions there are: computed in place, XLA would do so again in
+  every fusion of every layer. A position past the limit gives NaN.
   """
-  cos, sin = angles
-  half = np.eye(x.shape[-1] // 2)
-  swap = np.block([[np.zeros_like(half), half], [-half, np.zeros_like(half)]])
-  swapped = project(x, jnp.asarray(swap, x.dtype), "bshk,kj->bshj", precision="highest")
-  return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
+  turns = jnp.arange(limit, dtype=jnp.float32)[:, None] * rope_frequencies(c)
+  where = jax.P(*jax.typeof(positions).sharding.spec, None)
+  look_up = lambda table: table.at[positions].get(mode="fill", out_sharding=where)[:, :, None]
+  return look_up(jnp.cos(turns)), look_up(jnp.sin(turns))
 
 
 def block(
@@ -119,7 +106,7 @@ def block(
   if c.qk_norm:
     q = rms_norm(q, w["q_norm"], c.norm_epsilon)
     k = rms_norm(k, w["k_norm"], c.norm_epsilon)
-  out, kept = attend(rotate(q, angles), rotate(k, angles), v)
+  out, kept = attend(rotate(q, *angles), rotate(k, *angles), v)
   x = x + project(out, w["o"], "bshk,hkd->bsd", out_sharding=act)
   y = rms_norm(x, w["mlp_norm"], c.norm_epsilon)
   gated = jax.nn.silu(project(y, w["gate"], "bsd,df->bsf")) * project(y, w["up"], "bsd,df->bsf")
@@ -190,7 +177,7 @@ def forward(
   x = embed(
     weights.reshard(params["embed"], rows["embed"], USE), tokens, jnp.dtype(c.compute_dtype)
   )
-  angles = rope_angles(c, positions)
+  angles = rope_angles(c, positions, tokens.shape[1])
   attend = attend_packed(c, positions, segment_ids)
   block_rows = weights.map_table(Param.unstack, rows["blocks"])
 

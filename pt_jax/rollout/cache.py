@@ -1,8 +1,9 @@
 """The key-value cache of the slots, and the attention that writes and reads it.
 
 Letters: N slots, P prompt positions, T cache positions, L layers, H query heads, G key/value heads,
-K head width. The cache is a tuple of one array per layer, [N, G, T, K]: a loop updates each in
-place, and the products of a decode step need no transposition of it.
+K head width. The cache is a tuple of one array per layer, keys [N, G, K, T] and values
+[N, G, T, K]: a loop updates each in place, and the products of a decode step need no transposition
+of it.
 """
 
 import flax.struct
@@ -19,7 +20,7 @@ from pt_jax.sharding import USE
 class Cache:
   """Keys and values of what every slot has read so far."""
 
-  keys: tuple[jax.Array, ...]  # L of [N, G, T, K], in the compute dtype
+  keys: tuple[jax.Array, ...]  # L of [N, G, K, T], in the compute dtype
   values: tuple[jax.Array, ...]  # L of [N, G, T, K]
 
 
@@ -29,30 +30,41 @@ def _spec() -> jax.P:
 
 def empty(config: ModelConfig, slots: int, length: int) -> Cache:
   """A cache of zeros for `slots` sequences of at most `length` tokens."""
-  shape = (slots, config.kv_heads, length, config.head_dim)
-  zeros = lambda: jnp.zeros(shape, config.compute_dtype, out_sharding=_spec())
-  layers = range(config.layers)
-  return Cache(tuple(zeros() for _ in layers), tuple(zeros() for _ in layers))
+
+  def zeros(*shape: int) -> tuple[jax.Array, ...]:
+    shape = (slots, config.kv_heads, *shape)
+    make = lambda: jnp.zeros(shape, config.compute_dtype, out_sharding=_spec())
+    return tuple(make() for _ in range(config.layers))
+
+  return Cache(zeros(config.head_dim, length), zeros(length, config.head_dim))
 
 
-def insert(cached: jax.Array, prompts: jax.Array, source: jax.Array) -> jax.Array:
-  """Writes the keys (or values) of prompts to the start of the slots that begin with them.
+def insert(cache: Cache, layer: int, prompts: tuple[jax.Array, jax.Array], source: jax.Array):
+  """One layer's keys and values with those of prompts at the start of the slots that begin so.
 
   Args:
-    cached: [N, G, T, K].
-    prompts: [R, P, G, K], rows of a prefill.
+    cache: of all layers.
+    layer: which one.
+    prompts: keys and values [R, P, G, K] of the rows of a prefill.
     source: [N] int32, the row that a slot begins with, -1 for a slot that goes on.
+
+  Returns (keys, values) of the layer.
   """
-  every = jax.reshard(prompts, USE.spec(None, None, "kv_heads", None))
+  rows = USE.spec(None, None, "kv_heads", None)
 
-  def local(cached: jax.Array, prompts: jax.Array, source: jax.Array) -> jax.Array:
-    length = min(prompts.shape[1], cached.shape[2])
-    new = prompts.transpose(0, 2, 1, 3)[jnp.maximum(source, 0), :, :length]
-    old = cached[:, :, :length]
-    return cached.at[:, :, :length].set(jnp.where((source >= 0)[:, None, None, None], new, old))
+  def local(keys, values, new_keys, new_values, source):
+    length = min(new_keys.shape[1], values.shape[2])
+    begins = (source >= 0)[:, None, None, None]
+    pick = lambda new, *axes: new[:, :length].transpose(0, *axes)[jnp.maximum(source, 0)]
+    write = lambda old, new: jnp.where(begins, new, old)
+    keys = keys.at[..., :length].set(write(keys[..., :length], pick(new_keys, 2, 3, 1)))
+    values = values.at[:, :, :length].set(write(values[:, :, :length], pick(new_values, 2, 1, 3)))
+    return keys, values
 
-  specs = (_spec(), USE.spec(None, None, "kv_heads", None), USE.spec("batch"))
-  return jax.shard_map(local, in_specs=specs, out_specs=_spec())(cached, every, source)
+  specs = (_spec(), _spec(), rows, rows, USE.spec("batch"))
+  mapped = jax.shard_map(local, in_specs=specs, out_specs=(_spec(), _spec()))
+  every = (jax.reshard(x, rows) for x in prompts)
+  return mapped(cache.keys[layer], cache.values[layer], *every, source)
 
 
 def attend_cached(
@@ -62,13 +74,14 @@ def attend_cached(
 
   Args:
     config: the model.
-    keys, values: [N, G, T, K].
+    keys: [N, G, K, T].
+    values: [N, G, T, K].
     position: [N] int32, where the new token stands.
   """
 
   def local(q, k, v, keys, values, position):
     rows = jnp.arange(q.shape[0])
-    keys = keys.at[rows, :, position].set(k[:, 0], mode="drop", unique_indices=True)
+    keys = keys.at[rows, :, :, position].set(k[:, 0], mode="drop", unique_indices=True)
     values = values.at[rows, :, position].set(v[:, 0], mode="drop", unique_indices=True)
     out = cached_attention(q[:, 0], keys, values, position, scale=config.head_dim**-0.5)
     return out[:, None], keys, values

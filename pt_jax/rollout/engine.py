@@ -26,6 +26,7 @@ import numpy as np
 from pt_jax import weights
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
+from pt_jax.models.layers import rms_norm
 from pt_jax.rollout import cache as kv
 from pt_jax.rollout.rollouts import Detokenizer, Rollouts, SamplingParams
 from pt_jax.rollout.sampling import sample
@@ -212,7 +213,7 @@ def _layers(w: Params, c: ModelConfig, x: jax.Array, angles: Any, attend: Any) -
   for i, layer in enumerate(w["blocks"]):
     x, own = decoder.block(x, layer, c, angles, attend(i))
     kept.append(own)
-  return decoder.rms_norm(x, w["final_norm"], c.norm_epsilon), kept
+  return rms_norm(x, w["final_norm"], c.norm_epsilon), kept
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=1)
@@ -230,19 +231,16 @@ def _prefill(w: Params, state: Slots, fill: Fill, *, config: ModelConfig) -> Slo
     return lambda q, k, v: (packed(q, k, v)[0], (k, v))
 
   x = decoder.embed(w["embed"], tokens, jnp.dtype(config.compute_dtype))
-  _, kept = _layers(w, config, x, decoder.rope_angles(config, positions), attend)
+  _, kept = _layers(w, config, x, decoder.rope_angles(config, positions, tokens.shape[1]), attend)
   slot = lambda x: jax.reshard(x, USE.spec("batch"))
   source, begins = slot(fill.source), slot(fill.source) >= 0
   last = fill.length - 1
   row = jnp.maximum(fill.source, 0)
   token = slot(fill.tokens[row, last[row]])
   take = lambda new, old: jnp.where(begins, new, old)
-  insert = lambda old, new: tuple(kv.insert(o, n, source) for o, n in zip(old, new))
+  inserted = [kv.insert(state.cache, i, new, source) for i, new in enumerate(kept)]
   return Slots(
-    cache=kv.Cache(
-      insert(state.cache.keys, [k for k, _ in kept]),
-      insert(state.cache.values, [v for _, v in kept]),
-    ),
+    cache=kv.Cache(*zip(*inserted)),
     token=take(token, state.token),
     position=take(slot(last[row]), state.position),
     end=take(slot(fill.end), state.end),
@@ -321,5 +319,6 @@ def _read(w: Params, state: Slots, c: ModelConfig) -> tuple[jax.Array, kv.Cache]
   def attend(i: int) -> decoder.Attend:
     return kv.attend_cached(c, state.cache.keys[i], state.cache.values[i], state.position)
 
-  x, kept = _layers(w, c, x, decoder.rope_angles(c, positions), attend)
-  return x[:, 0], kv.Cache(tuple(k for k, _ in kept), tuple(v for _, v in kept))
+  angles = decoder.rope_angles(c, positions, state.cache.values[0].shape[2])
+  x, kept = _layers(w, c, x, angles, attend)
+  return x[:, 0], kv.Cache(*zip(*kept))

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from pt_jax.rollout.rollouts import SamplingParams
 
+CHUNK = 128  # tokens whose weights are summed by one matrix product
+
 
 def sample(
   logits: jax.Array, keys: jax.Array, params: SamplingParams
@@ -27,10 +29,37 @@ def sample(
     tokens = jnp.argmax(logits, -1)
   else:
     kept = keep_likely(logprobs, params)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    tokens = jnp.argmax(kept + noise, -1)
+    tokens = choose(jnp.exp(kept), jax.vmap(jax.random.uniform)(keys))
   hit = jnp.arange(logits.shape[-1]) == tokens[:, None]
   return tokens.astype(jnp.int32), jnp.where(hit, logprobs, 0).sum(-1)
+
+
+def choose(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+  """Draws from unnormalised probabilities by inverting their cumulative sum: one random number a
+  row, where the Gumbel trick needs one for every token of the vocabulary.
+
+  Args:
+    weights: [B, V] >= 0; a token of weight 0 is never drawn.
+    uniform: [B] in [0, 1).
+
+  Returns:
+    [B] int32, the first token whose cumulative weight exceeds uniform times the total.
+
+  The sum is one of `CHUNK` weights within sums of chunks, so that its rounding (about 1e-7 of the
+  total) does not grow with the vocabulary.
+  """
+  batch, vocab = weights.shape
+  chunks = jnp.pad(weights, ((0, 0), (0, -vocab % CHUNK))).reshape(batch, -1, CHUNK)
+  up_to = jnp.triu(jnp.ones((CHUNK, CHUNK), weights.dtype))
+  within = jnp.einsum("bnc,cd->bnd", chunks, up_to, precision="highest")
+  after = jnp.cumsum(within[:, :, -1], axis=1)
+  before = jnp.pad(after[:, :-1], ((0, 0), (1, 0)))
+  cumulative = (before[:, :, None] + within).reshape(batch, -1)[:, :vocab]
+  index = jnp.arange(vocab, dtype=jnp.int32)
+  past = (cumulative > uniform[:, None] * after[:, -1:]) & (weights > 0)
+  first = jnp.where(past, index, vocab).min(-1)
+  last = jnp.where(weights > 0, index, 0).max(-1)  # where rounding left nothing past the mark
+  return jnp.minimum(first, last)
 
 
 def keep_likely(logprobs: jax.Array, params: SamplingParams) -> jax.Array:
