@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import tyro
 
+from launch import host
 from launch.bench_peers.spec import SPEC
 from pt_jax import sharding
 from pt_jax.data.batch import Batch
@@ -62,6 +63,7 @@ def main(tasks: tuple[Task, ...] = ("sft", "generate", "grpo")) -> None:
   Args:
     tasks: what to measure.
   """
+  host.prepare(SPEC["threads"])
   print(f"{'task':9} {'who':28} {'median s':>9} {'tokens/s':>9} {'ours / theirs':>14}")
   for task in tasks:
     ours, tokens = measure(task)
@@ -78,7 +80,7 @@ def main(tasks: tuple[Task, ...] = ("sft", "generate", "grpo")) -> None:
 def measure(task: Task) -> tuple[float, float]:
   """Median seconds of one timing of ours, and the tokens that it covers."""
   run = {"sft": _sft, "generate": _generate, "grpo": _grpo}[task]
-  with jax.set_mesh(sharding.make_mesh(data=1, devices=jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh(data=-1)):
     once = run()
     timings = []
     for i in range(SPEC["warmup"] + SPEC["repeats"]):
@@ -111,8 +113,7 @@ def _sft() -> Callable[[int], int]:
   positions = np.broadcast_to(np.arange(spec["length"], dtype=np.int32), shape)
   fields: Any = (tokens, positions, np.zeros_like(tokens), (positions > 0).astype(np.float32))
   batch = Batch(*fields)
-  mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
-  batch = sharding.put(batch, sharding.batch_spec(1), mesh)
+  batch = sharding.put(batch, sharding.batch_spec(1), jax.sharding.get_mesh())
   step = functools.partial(
     supervised.sft_step, config=config, updater=updater, reduction="token_mean"
   )
@@ -163,7 +164,6 @@ def _grpo() -> Callable[[int], int]:
   sampling = SamplingParams(max_tokens=spec["new_tokens"])
   objective = dataclasses.replace(objectives.grpo(), kl=None)
   stack = RewardStack([Component("even", 1.0, _even)])
-  mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
   step = jax.jit(
     functools.partial(
       policy.policy_step,
@@ -190,7 +190,7 @@ def _grpo() -> Callable[[int], int]:
     credit = assign_credit(rewards.total, drawn, cut, groups, objective=objective)
     judged = Judged(completions, rollouts, rewards, groups)
     batch = pack_policy(judged, credit, rows=count, row_length=length)
-    batch = sharding.put(batch, sharding.batch_spec(1), mesh)
+    batch = sharding.put(batch, sharding.batch_spec(1), jax.sharding.get_mesh())
     box[0], _ = step(box[0], batch)
     engine.update(box[0].params, i + 1)
     jax.block_until_ready(box[0])

@@ -13,7 +13,6 @@ import functools
 import hashlib
 import importlib
 import inspect
-import os
 import pkgutil
 import re
 import sys
@@ -28,12 +27,12 @@ import rich.box
 import rich.table
 import tyro
 
+from launch import host
 from pt_jax.experiment import Experiment
 from pt_jax.loops.pipeline import results_table, run_experiment
 from pt_jax.loops.report import REPORT
 
 LONGEST_ID = 100  # characters, of a folder's name
-ACCELERATORS = ("accel0", "vfio", "nvidia0", "kfd", "dxg")  # under /dev: TPUs and GPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +45,8 @@ class Launch:
   """Folder of this run; by default made of the arguments. An existing one is gone on with."""
   quiet: bool = False
   """No progress, only the results."""
+  cpu_devices: int = 0
+  """Devices to make of the CPU where there is nothing else; 0: one a core, if batches divide."""
   debug: bool = False
   """A traceback where an error is one line otherwise."""
 
@@ -89,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(command: Command) -> None:
   """Runs the experiment and prints its results."""
-  choose_platform()
   experiment, launch = command.experiment(), command.launch
+  host.prepare(launch.cpu_devices or host.devices_for(experiment))
   finished = run_experiment(experiment, runs=launch.runs, id=command.id, quiet=launch.quiet)
   if jax.process_index() == 0:
     print_table(results_table(finished.results))
@@ -157,16 +158,6 @@ def default_id(function: Callable[..., Experiment], arguments: Mapping[str, Any]
   if name != text or len(name) > LONGEST_ID:  # two of them must not become one
     name = f"{name[:LONGEST_ID]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
   return name
-
-
-def choose_platform() -> None:
-  """The CPU where no accelerator is attached, so that JAX does not look for a TPU and warn.
-
-  JAX_PLATFORMS, where it is set, decides.
-  """
-  attached = any(Path("/dev", name).exists() for name in ACCELERATORS)
-  if sys.platform == "linux" and not attached and not os.environ.get("JAX_PLATFORMS"):
-    jax.config.update("jax_platforms", "cpu")
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,13 +1,19 @@
 """The command line: arguments are those of the config function, and a sweep is their grid."""
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
+from typing import Any
 
 import jax
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams import metadata
 
-from launch import local, sweep
+from launch import host, local, sweep
+from pt_jax.data.pipeline import Layout
 from pt_jax.loops import record
 from pt_jax.loops.pipeline import Finished
 from tests.loops import tiny
@@ -121,8 +127,45 @@ def test_results_are_printed_as_a_table(capsys, monkeypatch, tmp_path):
 def test_the_platform_is_left_alone_where_it_is_chosen(monkeypatch):
   before = jax.config.jax_platforms
   monkeypatch.setenv("JAX_PLATFORMS", "tpu")
-  local.choose_platform()
+  host.choose_platform()
   assert jax.config.jax_platforms == before
+
+
+@pytest.mark.parametrize(
+  ("cores", "rows", "width", "expected"),
+  [(2, 4, 16, 2), (8, 4, 16, 4), (6, 64, 64, 4), (16, 12, 16, 4), (8, 3, 16, 1), (16, 32, 6, 2)],
+)
+def test_a_cpu_has_as_many_devices_as_divide_the_batches(cores, rows, width, expected, monkeypatch):
+  monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: set(range(cores)))
+  model = dataclasses.replace(tiny.MODEL, width=width)
+  stage = tiny.stage(layout=Layout(batch_size=2 * rows, row_length=32), microbatches=2)
+  assert host.devices_for(tiny.experiment(stage, model=model)) == expected
+
+
+def test_preparing_a_cpu_splits_it_and_keeps_what_is_freed():
+  """In a process of its own: 200 MB that are written, freed and written again are not faulted in
+  twice. Without `prepare` they are, which the second run shows."""
+  program = """
+import resource, sys
+import numpy as np
+from launch import host
+if sys.argv[1] == "prepared":
+  host.prepare(2)
+for _ in range(3):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  block = np.ones(25_000_000)
+  faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+  del block
+import jax
+print(faults, len(jax.devices()))
+"""
+  environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "GLIBC_TUNABLES")}
+  options: Any = {"env": environment, "text": True, "capture_output": True, "check": True}
+  run = lambda how: subprocess.run([sys.executable, "-c", program, how], **options)
+  faults, devices = map(int, run("prepared").stdout.split())
+  without, one = map(int, run("as it is").stdout.split())
+  assert (devices, one) == (2, 1)
+  assert faults < without / 10 and without > 100
 
 
 def test_a_sweep_is_the_grid_of_its_arguments():

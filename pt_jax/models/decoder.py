@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from kernels.flash_attention import flash_attention
 from pt_jax import weights
 from pt_jax.models.config import Llama3Rope, ModelConfig
-from pt_jax.models.layers import rms_norm, rotate
+from pt_jax.models.layers import rms_norm, rotate, swiglu
 from pt_jax.sharding import USE, Rules
 from pt_jax.weights import Param, Params, Table, project
 
@@ -80,9 +80,7 @@ def _llama3_frequencies(frequency: jax.Array, s: Llama3Rope) -> jax.Array:
   return frequency * (keep + (1 - keep) / s.factor)
 
 
-def rope_angles(
-  c: ModelConfig, positions: jax.Array, limit: int
-) -> tuple[jax.Array, jax.Array]:
+def rope_angles(c: ModelConfig, positions: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
   """cos and sin [B, S, 1, K/2] float32 of the rotary angles at `positions` [B, S] < `limit`.
 
   Looked up in a table of the positions there are: computed in place, XLA would do so again in
@@ -109,7 +107,7 @@ def block(
   out, kept = attend(rotate(q, *angles), rotate(k, *angles), v)
   x = x + project(out, w["o"], "bshk,hkd->bsd", out_sharding=act)
   y = rms_norm(x, w["mlp_norm"], c.norm_epsilon)
-  gated = jax.nn.silu(project(y, w["gate"], "bsd,df->bsf")) * project(y, w["up"], "bsd,df->bsf")
+  gated = swiglu(*(project(y, w[name], "bsd,df->bsf") for name in ("gate", "up")))
   return x + project(gated, w["down"], "bsf,fd->bsd", out_sharding=act), kept
 
 
@@ -168,7 +166,8 @@ def forward(
   Args:
     params: tree of `table(c)`, anywhere: each block is gathered to where it is used.
     c: the model's configuration.
-    tokens, positions, segment_ids: [B, S] int32, see `pt_jax.data.batch`.
+    tokens, positions, segment_ids: [B, S] int32, see `pt_jax.data.batch`. A position that is not
+      below S gives NaN.
 
   Returns:
     [B, S, D] in the compute dtype. `models.logprobs` turns them into log-probs.

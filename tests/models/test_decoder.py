@@ -147,10 +147,11 @@ def test_nothing_leaks_into_another_segment():
 def test_positions_matter_only_by_their_differences():
   """RoPE is relative: moved by 100 positions a sample is the same, stretched by 2 it is not."""
   (tokens, positions, segments), places = lay_out(APART)
-  zero = np.zeros((3, WIDTH, MODEL.width), np.float32)
-  at = lambda p: value_and_gradient(MODEL, params(), (tokens, p.astype(np.int32), segments), zero)[
-    0
-  ]
+  wide = lambda x, fill: np.pad(x, ((0, 0), (0, 110)), constant_values=fill)
+  tokens, segments, zero = wide(tokens, 0), wide(segments, -1), np.zeros((3, WIDTH + 110, MODEL.width))
+  at = lambda p: value_and_gradient(
+    MODEL, params(), (tokens, wide(p.astype(np.int32), 0), segments), zero.astype(np.float32)
+  )[0]
   here, moved, stretched = at(positions), at(positions + 100), at(2 * positions)
   for place in places:
     np.testing.assert_allclose(moved[place], here[place], atol=2e-5)
@@ -226,10 +227,16 @@ def test_rotation_is_that_of_the_paper():
   c = dataclasses.replace(MODEL, head_dim=6)
   rng = np.random.default_rng(0)
   x, positions = rng.normal(size=(2, 3, 4, 6)).astype(np.float32), rng.integers(0, 99, (2, 3))
-  turned = decoder.rotate(x, decoder.rope_angles(c, jnp.asarray(positions)))
+  turned = decoder.rotate(x, *decoder.rope_angles(c, jnp.asarray(positions), 99))
   theta = 10_000.0 ** (-np.arange(0, 6, 2) / 6)
   z = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * positions[:, :, None, None] * theta)
   np.testing.assert_allclose(turned, np.concatenate([z.real, z.imag], -1), atol=2e-5)
+
+
+def test_a_position_past_the_limit_is_not_taken_for_another():
+  cos, sin = decoder.rope_angles(MODEL, jnp.array([[0, 7, 8]]), 8)
+  assert np.isfinite(cos[0, :2]).all() and np.isfinite(sin[0, :2]).all()
+  assert np.isnan(cos[0, 2]).all() and np.isnan(sin[0, 2]).all()
 
 
 @pytest.mark.parametrize(

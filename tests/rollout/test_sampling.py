@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from pt_jax.rollout.rollouts import SamplingParams
-from pt_jax.rollout.sampling import keep_likely, sample
+from pt_jax.rollout.sampling import choose, keep_likely, sample
 
 ROWS = 20_000
 LOGITS = np.array([2.0, 1.1, 1.1, 0.3, -0.4, -1.0, -2.5, -4.0], np.float32)
@@ -63,6 +63,27 @@ def test_the_distribution_is_the_softmax(temperature):
   assert chi_square(tokens, p) > 1e-3
   np.testing.assert_allclose(logprobs, np.log(p)[tokens], atol=1e-5)
   assert chi_square(tokens, softmax(LOGITS, temperature * 1.1)) < 1e-3  # the test can fail
+
+
+@pytest.mark.parametrize("vocab", [5, 128, 1000])  # within a chunk, one chunk, several
+def test_choose_inverts_the_cumulative_sum(vocab):
+  rng = np.random.default_rng(vocab)
+  weights = rng.exponential(size=(500, vocab)).astype(np.float32) * (rng.random(vocab) < 0.5)
+  weights[:, vocab // 2] += 0.1
+  uniform = rng.random(500).astype(np.float32)
+  total = np.cumsum(weights.astype(np.float64), -1)
+  mark = uniform[:, None] * total[:, -1:]
+  tokens = np.asarray(choose(jnp.asarray(weights), jnp.asarray(uniform)))
+  rows, near = np.arange(500), 1e-5 * total[:, -1]  # where rounding may decide otherwise
+  assert (weights[rows, tokens] > 0).all()
+  assert (total[rows, tokens] > mark[:, 0] - near).all()
+  assert (total[rows, tokens] - weights[rows, tokens] <= mark[:, 0] + near).all()
+
+
+def test_choose_at_both_ends_takes_a_token_that_has_weight():
+  weights = jnp.zeros((2, 300)).at[:, 130:200].set(0.1)
+  ends = jnp.array([0.0, np.nextafter(np.float32(1), np.float32(0))])
+  np.testing.assert_array_equal(choose(weights, ends), [130, 199])
 
 
 CUTS = [

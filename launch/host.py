@@ -1,0 +1,87 @@
+"""The machine that a program starts on: which platform, and how a CPU is used as a device.
+
+Both settings for a CPU have to be made before JAX computes anything. What they are worth stands in
+`docs/results.md`.
+"""
+
+import ctypes
+import math
+import mmap
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+from pt_jax.experiment import Experiment, Supervised
+
+ACCELERATORS = ("accel0", "vfio", "nvidia0", "kfd", "dxg")  # under /dev: TPUs and GPUs
+# Options of mallopt(3).
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+RESERVE = 4 << 30  # bytes of address space, not of memory, that huge pages may back
+
+
+def prepare(cpu_devices: int) -> None:
+  """Chooses the platform and, where that is the CPU, makes `cpu_devices` devices of it."""
+  choose_platform()
+  if jax.config.jax_platforms == "cpu" and split_cpu(cpu_devices):
+    keep_freed_memory()
+
+
+def choose_platform() -> None:
+  """The CPU where no accelerator is attached, so that JAX does not look for a TPU and warn.
+
+  JAX_PLATFORMS, where it is set, decides.
+  """
+  attached = any(Path("/dev", name).exists() for name in ACCELERATORS)
+  if sys.platform == "linux" and not attached and not os.environ.get("JAX_PLATFORMS"):
+    jax.config.update("jax_platforms", "cpu")
+
+
+def split_cpu(devices: int) -> bool:
+  """Makes so many devices of the CPU, unless XLA_FLAGS says how many.
+
+  One device runs one small operation after the other and wakes its other threads for each; two of
+  them run side by side. Returns False, and does nothing, where JAX has its devices already.
+  """
+  if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    return True
+  try:
+    jax.config.update("jax_num_cpu_devices", devices)
+  except RuntimeError:
+    return False
+  return True
+
+
+def devices_for(experiment: Experiment) -> int:
+  """The largest power of two, up to the number of cores, that divides every batch."""
+  sizes = [experiment.model.width] if experiment.model else []
+  for stage in experiment.stages:
+    if isinstance(stage, Supervised):
+      sizes.append(stage.layout.batch_size // stage.microbatches)
+    else:
+      sizes += [stage.slots, getattr(stage, "rows", stage.slots)]
+  shared = math.gcd(*sizes)
+  return min(shared & -shared, 1 << (len(os.sched_getaffinity(0)).bit_length() - 1))
+
+
+def keep_freed_memory() -> None:
+  """Keeps freed memory in the process, in one heap of huge pages (glibc only).
+
+  XLA allocates the temporaries of a step anew each time, hundreds of megabytes, and glibc gives
+  blocks of that size back to the system when they are freed: every step then pays for the same
+  pages again. With this the process stays as large as it ever was. Call it before JAX starts its
+  threads, each of which would have a heap of its own.
+  """
+  libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+  if libc is None or not hasattr(libc, "gnu_get_libc_version"):
+    return
+  for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
+    libc.mallopt(option, value)
+  libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+  libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+  libc.free.argtypes = [ctypes.c_void_p]
+  if start := libc.malloc(RESERVE):  # None under a limit on address space
+    page = mmap.PAGESIZE
+    libc.madvise(-(-start // page) * page, RESERVE - page, mmap.MADV_HUGEPAGE)
+    libc.free(start)
