@@ -23,19 +23,21 @@ RESERVE = 4 << 30  # bytes of address space, not of memory, that huge pages may 
 
 def prepare(cpu_devices: int) -> None:
   """Chooses the platform and, where that is the CPU, makes `cpu_devices` devices of it."""
-  choose_platform()
-  if jax.config.jax_platforms == "cpu" and split_cpu(cpu_devices):
+  if choose_platform() == "cpu" and split_cpu(cpu_devices):
     keep_freed_memory()
 
 
-def choose_platform() -> None:
+def choose_platform() -> str:
   """The CPU where no accelerator is attached, so that JAX does not look for a TPU and warn.
 
-  JAX_PLATFORMS, where it is set, decides.
+  JAX_PLATFORMS, where it is set, decides. Returns what was chosen, "" where that is left to JAX.
   """
-  attached = any(Path("/dev", name).exists() for name in ACCELERATORS)
-  if sys.platform == "linux" and not attached and not os.environ.get("JAX_PLATFORMS"):
-    jax.config.update("jax_platforms", "cpu")
+  if chosen := os.environ.get("JAX_PLATFORMS", ""):
+    return chosen
+  if sys.platform != "linux" or any(Path("/dev", name).exists() for name in ACCELERATORS):
+    return ""
+  jax.config.update("jax_platforms", "cpu")
+  return "cpu"
 
 
 def split_cpu(devices: int) -> bool:

@@ -1,10 +1,12 @@
 """SIGKILL at random moments: what is resumed ends with the same bits as what was never killed.
 
 Each case is a command line of launch.local, so an online experiment is one more entry. The moments
-are drawn over the rows of metrics.jsonl, anew in every run of the test.
+are drawn over the rows of metrics.jsonl, anew in every run of the test. One run is killed at all of
+them, one after the other; after each a copy of its folder is resumed to the end.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,15 +78,24 @@ def arrays(folder):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_killed_ten_times_it_ends_with_the_same_bits(case, tmp_path):
+def test_killed_at_ten_moments_it_ends_with_the_same_bits(case, tmp_path):
   cache = tmp_path / "cache"
   finish(start(case, tmp_path / "whole", cache))
   rng = np.random.default_rng()
   moments = np.sort(rng.integers(0, rows_logged(tmp_path / "whole"), KILLS))
-  found = [kill(case, tmp_path / "killed", cache, after, rng) for after in moments]
+  for number, after in enumerate(moments):
+    found = kill(case, tmp_path / "killed", cache, after, rng)
+    print(f"{case}: killed when it had logged {found} rows", flush=True)
+    copy = tmp_path / f"resumed{number}"
+    shutil.copytree(tmp_path / "killed", copy)
+    finish(start(case, copy, cache))
+    check_same(folder_of(copy), folder_of(tmp_path / "whole"))
   finish(start(case, tmp_path / "killed", cache))
-  print(f"rows that were logged when the run was killed: {found}")
-  whole, resumed = folder_of(tmp_path / "whole"), folder_of(tmp_path / "killed")
+  check_same(folder_of(tmp_path / "killed"), folder_of(tmp_path / "whole"))
+
+
+def check_same(resumed, whole):
+  """Parameters, metrics and samples of two runs, to the last bit."""
   assert arrays(resumed) == arrays(whole)
   assert logged(resumed) == logged(whole)
   samples = "samples.jsonl"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from kernels.flash_attention.reference import MASKED
 
-# Two SFT steps of `launch.bench` on two CPU devices take 1.01 s in blocks of 32, 0.96 s in blocks of
+# Two SFT steps of `launch.bench` on two CPU devices: 1.01 s in blocks of 32, 0.96 s in blocks of
 # 64, 1.07 s in blocks of 128. More than 8 blocks only lengthen the compilation.
 SMALLEST_BLOCK = 64
 MOST_BLOCKS = 8

@@ -112,12 +112,17 @@ def concatenate(parts: Sequence[Judged]) -> Judged:
 
 
 def pack_policy(judged: Judged, credit: Credit, rows: int, row_length: int) -> PolicyBatch:
-  """Packs completions into a policy batch of [A, rows, row_length] NumPy arrays, A as needed.
+  """Packs completions into a policy batch of [A, rows, row_length] NumPy arrays.
+
+  A is the next power of two of what they need, so that few programs are compiled; the microbatches
+  behind hold nothing and are not computed.
 
   Old and reference log-probs are 0: `steps.policy.score` fills them in where they are read.
   """
   r = judged.rollouts
   plan = packing.pack(r.length, row_length, rows_multiple=rows)
+  microbatches = 1 << (plan.rows // rows - 1).bit_length()
+  plan = dataclasses.replace(plan, rows=microbatches * rows)
   index = np.arange(r.tokens.shape[1])
   drawn = (index >= r.prompt_length[:, None]) & (index < r.length[:, None])
   drawn &= credit.trained[:, None]

@@ -63,8 +63,8 @@ def insert(cache: Cache, layer: int, prompts: tuple[jax.Array, jax.Array], sourc
 
   specs = (_spec(), _spec(), rows, rows, USE.spec("batch"))
   mapped = jax.shard_map(local, in_specs=specs, out_specs=(_spec(), _spec()))
-  every = (jax.reshard(x, rows) for x in prompts)
-  return mapped(cache.keys[layer], cache.values[layer], *every, source)
+  keys, values = jax.reshard(prompts[0], rows), jax.reshard(prompts[1], rows)
+  return mapped(cache.keys[layer], cache.values[layer], keys, values, source)
 
 
 def attend_cached(

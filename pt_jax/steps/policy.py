@@ -13,7 +13,7 @@ from pt_jax.losses.reduce import Sum
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
 from pt_jax.models.logprobs import TokenStatistics, next_token_statistics
-from pt_jax.steps.state import Max, TrainState, Updater, means
+from pt_jax.steps.state import Max, TrainState, Updater, means, microbatch
 from pt_jax.weights import Params
 
 
@@ -31,18 +31,23 @@ def token_statistics(
   )
 
 
+def filled(batch: PolicyBatch) -> jax.Array:
+  """How many microbatches of a batch [A, B, S] hold a token; they are the first ones."""
+  return jnp.sum((batch.segment_ids >= 0).any((1, 2)), dtype=jnp.int32)
+
+
 def score(
   params: Params, batch: PolicyBatch, *, config: ModelConfig, temperature: float
 ) -> jax.Array:
-  """Log-probs [..., S] of the trained tokens under `params`, 0 elsewhere: the old or the reference
-  ones of a batch with leaves [..., B, S], one [B, S] slice at a time."""
-  rows = lambda x: x.reshape(-1, *x.shape[-2:])
+  """Log-probs [A, B, S] of the trained tokens under `params`, 0 elsewhere: the old or the reference
+  ones of a batch with leaves [A, B, S], one microbatch at a time."""
 
-  def one(part: PolicyBatch) -> jax.Array:
+  def one(i: jax.Array, scores: jax.Array) -> jax.Array:
+    part = microbatch(batch, i)
     stats = token_statistics(params, part, config, temperature)
-    return jnp.where(part.mask > 0, stats.logprobs, 0)
+    return scores.at[i].set(jnp.where(part.mask > 0, stats.logprobs, 0))
 
-  return jax.lax.map(one, jax.tree.map(rows, batch)).reshape(batch.tokens.shape)
+  return jax.lax.fori_loop(0, filled(batch), one, jnp.zeros_like(batch.old_logprobs))
 
 
 def policy_objective(
@@ -107,7 +112,7 @@ def policy_step(
   first_update: bool,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimizer update over A microbatches; batch leaves are [A, B, S]. See
-  `policy_objective`."""
+  `policy_objective`. Microbatches behind the last one that holds a token are not computed."""
 
   def loss(params: Params, part: PolicyBatch) -> tuple[Sum, dict[str, Sum | Max]]:
     return policy_objective(
@@ -119,6 +124,6 @@ def policy_step(
       first_update=first_update,
     )
 
-  grads, value, metrics = updater.accumulate(loss, state.params, batch)
+  grads, value, metrics = updater.accumulate(loss, state.params, batch, filled(batch))
   state, optimizer_metrics = updater.apply(state, grads, value.weight)
   return state, means(metrics) | {"loss": value.mean()} | optimizer_metrics

@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from pt_jax import weights
 from pt_jax.losses.reduce import Sum
@@ -89,7 +90,11 @@ class Updater(NamedTuple):
     return TrainState(state.step + 1, params, moments), metrics
 
   def accumulate(
-    self, loss: Callable[[Params, Any], tuple[Sum, Any]], params: Params, batch: Any
+    self,
+    loss: Callable[[Params, Any], tuple[Sum, Any]],
+    params: Params,
+    batch: Any,
+    count: jax.Array | int | None = None,
   ) -> tuple[Params, Sum, Any]:
     """Sums gradients, objective and metrics over microbatches (the leading axis of every leaf).
 
@@ -97,6 +102,8 @@ class Updater(NamedTuple):
       loss: (params, microbatch) -> (Sum of the objective, metrics whose `+` accumulates).
       params: differentiated.
       batch: pytree with leaves [A, ...].
+      count: microbatches to compute, from the first (default: A). It may be traced, so that one
+        program serves batches that are filled to a different degree.
 
     Returns:
       (gradients of the total in float32 where layout.grads says, the Sum, the metrics).
@@ -119,13 +126,20 @@ class Updater(NamedTuple):
         jax.tree.map(lambda x, y: x + y, a[2], b[2], is_leaf=summed),
       )
 
-    if jax.tree.leaves(batch)[0].shape[0] == 1:
-      return one(jax.tree.map(lambda x: x[0], batch))
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], batch))
+    size = jax.tree.leaves(batch)[0].shape[0]
+    if size == 1:
+      return one(microbatch(batch, 0))
+    shapes = jax.eval_shape(one, microbatch(batch, 0))
     nothing = jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec), shapes
     )
-    return jax.lax.scan(lambda seen, part: (add(seen, one(part)), None), nothing, batch)[0]
+    step = lambda i, seen: add(seen, one(microbatch(batch, i)))
+    return jax.lax.fori_loop(0, size if count is None else count, step, nothing)
+
+
+def microbatch(batch: Any, i: ArrayLike) -> Any:
+  """Microbatch i of a batch with leaves [A, ...]."""
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
 
 
 def means(metrics: dict[str, Sum | Max]) -> dict[str, jax.Array]:

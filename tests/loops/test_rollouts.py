@@ -148,8 +148,10 @@ def test_packing_keeps_every_token_with_its_own_numbers():
   assert empty.sum() == 18 - 16 and not batch.mask[empty].any() and not batch.tokens[empty].any()
 
 
-def test_an_update_takes_as_many_microbatches_as_it_needs():
+def test_an_update_has_a_power_of_two_of_microbatches_and_the_last_may_be_empty():
   judged = judge()
   credit = Credit(judged.rewards.total, judged.rewards.total, np.ones(4, bool))
-  assert pack_policy(judged, credit, rows=1, row_length=6).tokens.shape == (3, 1, 6)
+  batch = pack_policy(judged, credit, rows=1, row_length=6)  # 16 tokens: three rows
+  assert batch.tokens.shape == (4, 1, 6)
+  assert (batch.segment_ids >= 0).any((1, 2)).tolist() == [True, True, True, False]
   assert pack_policy(judged, credit, rows=4, row_length=9).tokens.shape == (1, 4, 9)

@@ -148,9 +148,10 @@ def test_positions_matter_only_by_their_differences():
   """RoPE is relative: moved by 100 positions a sample is the same, stretched by 2 it is not."""
   (tokens, positions, segments), places = lay_out(APART)
   wide = lambda x, fill: np.pad(x, ((0, 0), (0, 110)), constant_values=fill)
-  tokens, segments, zero = wide(tokens, 0), wide(segments, -1), np.zeros((3, WIDTH + 110, MODEL.width))
+  tokens, segments = wide(tokens, 0), wide(segments, -1)
+  zero = np.zeros((*tokens.shape, MODEL.width), np.float32)
   at = lambda p: value_and_gradient(
-    MODEL, params(), (tokens, wide(p.astype(np.int32), 0), segments), zero.astype(np.float32)
+    MODEL, params(), (tokens, wide(p.astype(np.int32), 0), segments), zero
   )[0]
   here, moved, stretched = at(positions), at(positions + 100), at(2 * positions)
   for place in places:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from pt_jax import sharding
 from pt_jax.data.batch import PolicyBatch
 from pt_jax.losses import objective
 from pt_jax.steps.policy import policy_step, score
@@ -140,6 +141,25 @@ def test_microbatches(algorithm):
   jax.tree.map(close, other.optimizer[0].mu, state.optimizer[0].mu)
   for name, value in metrics.items():
     close(other_metrics[name], value, err_msg=name)
+
+
+def test_empty_microbatches_are_not_computed():
+  """Two of four hold nothing, and advantages that would be seen: NaN times a mask of 0 is NaN."""
+  fields = {"old_logprobs": near_own(), "reference_logprobs": near_own(0.5)}
+  full = tiny.batch(PolicyBatch, 2, **fields)
+  nothing = jax.tree.map(np.zeros_like, full)
+  nothing = nothing.replace(
+    segment_ids=np.full_like(full.segment_ids, -1), mask=np.full_like(full.mask, np.nan)
+  )
+  padded = jax.tree.map(lambda a, b: np.concatenate([a, b]), full, nothing)
+  padded = jax.device_put(padded, sharding.batch_spec(1))
+  (state, metrics), (other, other_metrics) = run(full), run(padded)
+  jax.tree.map(np.testing.assert_array_equal, other.params, state.params)
+  jax.tree.map(np.testing.assert_array_equal, other_metrics, metrics)
+  score_ = jax.jit(functools.partial(score, config=tiny.MODEL, temperature=tiny.TEMPERATURE))
+  scores = np.asarray(score_(tiny.params(), padded))
+  np.testing.assert_array_equal(scores[:2].reshape(tiny.ROWS, -1), own_logprobs())
+  assert not scores[2:].any()
 
 
 def test_what_stands_outside_the_mask_is_not_read():
