@@ -1,9 +1,11 @@
 """What can be wrong with an experiment, found before anything is compiled or written.
 
 A stage's data is opened and its first row encoded, so that a wrong path, field or template shows at
-once. Rows further on are checked when they are read.
+once. Rows further on are checked when they are read; the prompts of problems are all checked here,
+since one that leaves no room for an answer would otherwise end a run in its middle.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -76,7 +78,8 @@ def _check_supervised(
     assert stage.sampling is not None  # see `Supervised`
     if not data.prompts:
       raise ValueError("sample_every: expected data with prompts, found none")
-    _check_prompts(data.prompts, config.max_length, stage.sampling.max_tokens)
+    named = ((f"prompt {i}", prompt) for i, prompt in enumerate(data.prompts))
+    _check_prompts(named, config.max_length, stage.sampling.max_tokens)
 
 
 def _check_rows(rows: int, length: int, config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
@@ -96,12 +99,14 @@ def _check_first_row(source: Source, encode: pipeline.Encode, layout: pipeline.L
   next(iter(pipeline.eval_batches(Subset(source, [0]), encode, one)))
 
 
-def _check_prompts(prompts: Iterable[Sequence[int]], room: int, max_tokens: int) -> None:
-  """Every prompt has tokens, and `room` for them and for a completion."""
-  for i, prompt in enumerate(prompts):
+def _check_prompts(
+  prompts: Iterable[tuple[str, Sequence[int]]], room: int, max_tokens: int
+) -> None:
+  """Every prompt (a name and tokens) has tokens, and `room` for them and for a completion."""
+  for name, prompt in prompts:
     if not 0 < len(prompt) <= room - max_tokens:
       raise ValueError(
-        f"prompt {i}: expected 1 to {room - max_tokens} tokens ({max_tokens} of {room} are for the "
+        f"{name}: expected 1 to {room - max_tokens} tokens ({max_tokens} of {room} are for the "
         f"completion), found {len(prompt)}"
       )
 
@@ -120,5 +125,7 @@ def _check_problems(
   if len(problems.held_out) < count:
     raise ValueError(f"held-out problems: expected {count}, found {len(problems.held_out)}")
   room = stage.row_length if isinstance(stage, Online) else config.max_length
-  firsts = [problems.encode(task[0]) for task in (problems.train, problems.held_out) if len(task)]
-  _check_prompts(firsts, room, stage.sampling.max_tokens)
+  train = problems.train if isinstance(stage, Online) else ()
+  asked = itertools.chain(train, itertools.islice(problems.held_out, count))
+  prompts = ((f"problem {problem.id}", problems.encode(problem)) for problem in asked)
+  _check_prompts(prompts, room, stage.sampling.max_tokens)

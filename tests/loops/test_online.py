@@ -307,9 +307,10 @@ def long_problems(tokenizer):
 
 def test_a_prompt_that_is_too_long_is_named(tmp_path):
   stage = letters.stage(problems=long_problems)
-  message = "problem word/59: prompt of 12 tokens and max_tokens 8 exceed row_length 16"
-  with pytest.raises(ValueError, match=message):
+  message = r"stage rl: problem word/59: expected 1 to 8 tokens \(8 of 16 are .*\), found 12"
+  with pytest.raises(ValueError, match=f"^{message}$"):
     run(tmp_path, letters.experiment(stage))
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -317,7 +318,7 @@ def test_a_prompt_that_is_too_long_is_named(tmp_path):
   [
     ({"rewards": no_correct}, "stage rl: expected a reward component named 'correct'"),
     ({"evaluate_problems": 17}, "stage rl: held-out problems: expected .*17, found 16"),
-    ({"row_length": 8}, "stage rl: prompt 0: expected 1 to 0 tokens"),
+    ({"row_length": 8}, "stage rl: problem word/0: expected 1 to 0 tokens"),
   ],
 )
 def test_stages_that_cannot_run(tmp_path, changes, message):
