@@ -81,7 +81,7 @@ def config(
         rows=16,
         row_length=ROW_LENGTH,
         checkpoint_every=25,
-        evaluate_every=50,
+        evaluate_every=20,
         **judged,
       ),
     ),

@@ -60,7 +60,11 @@ class Picture:
 PICTURES = (
   Picture("loss", "Loss", "loss", ("loss", "*/nats_per_token", "eval/loss")),
   Picture(
-    "accuracy", "Held-out accuracy", "fraction right", ("*pass@*", "eval/*accuracy"), shared_y=True
+    "accuracy",
+    "Held-out accuracy",
+    "fraction right",
+    ("*pass@*", "eval/greedy", "eval/*accuracy"),
+    shared_y=True,
   ),
   Picture("reward", "Reward and its components", "mean per completion", ("reward", "reward/*")),
   Picture("length", "Completion length", "tokens", ("length", "length/*")),
@@ -178,11 +182,7 @@ def markdown_table(rows: Sequence[Mapping[str, Cell]]) -> str:
 
 def draw(picture: Picture, curves: Curves) -> Figure | None:
   """The figure, a panel for each stage that logged a metric of the picture; None when none did."""
-  panels = {
-    stage: found
-    for stage, metrics in curves.items()
-    if (found := _matching(picture.metrics, metrics))
-  }
+  panels = _panels(picture, curves)
   if not panels:
     return None
   figure = Figure(
@@ -196,6 +196,24 @@ def draw(picture: Picture, curves: Curves) -> Figure | None:
   return figure
 
 
+def _panels(picture: Picture, curves: Curves) -> Curves:
+  """What each stage logged for the picture. What a stage that only evaluates found out is where the
+  one behind it begins: it becomes step 0 of that panel."""
+  panels: Curves = {}
+  last = None  # the stage before this one, when it only evaluated
+  for stage, metrics in curves.items():
+    found = _matching(picture.metrics, metrics)
+    if not found:
+      continue
+    if last and panels[last].keys() <= found.keys():
+      for name, (_, first) in panels.pop(last).items():
+        steps, values = found[name]
+        found[name] = np.concatenate([[0], steps]), np.concatenate([first, values])
+    panels[stage] = found
+    last = stage if all(list(steps) == [0] for steps, _ in found.values()) else None
+  return panels
+
+
 def draw_comparison(tag: str, series: Mapping[str, Series]) -> Figure:
   """One metric, a line for each run."""
   figure = Figure(figsize=(7, 4.4), dpi=120, layout="constrained")
@@ -207,6 +225,8 @@ def draw_comparison(tag: str, series: Mapping[str, Series]) -> Figure:
 
 
 def _lines(axes: Axes, series: Mapping[str, Series]) -> None:
+  if all(len(steps) == 1 for steps, _ in series.values()):
+    axes.set_xlim(*(steps := next(iter(series.values()))[0]) - 1, *steps + 1)
   for i, (name, (steps, values)) in enumerate(series.items()):
     style = {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
     if len(steps) <= SPARSE:
@@ -244,6 +264,7 @@ def _frame(axes: Axes, x: str, y: str) -> None:
   axes.set_axisbelow(True)
   axes.spines[["top", "right"]].set_visible(False)
   axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+  axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # no factor above the axis
 
 
 def _legend(axes: Axes) -> None:

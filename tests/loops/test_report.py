@@ -76,6 +76,25 @@ def test_curves_are_those_that_were_logged(runs):
   assert axes.get_legend_handles_labels()[1] == ["token", "length"]  # without what they share
 
 
+def test_a_stage_that_only_evaluates_is_where_the_next_one_begins():
+  point = lambda *pairs: tuple(np.array(x, float) for x in zip(*pairs))
+  curves = {
+    "sft": {"eval/accuracy": point((0, 0.1), (9, 0.8))},
+    "cold_start": {"eval/pass@1": point((0, 0.25)), "eval/greedy": point((0, 0.5))},
+    "grpo": {"eval/pass@1": point((5, 0.5), (8, 0.75)), "eval/greedy": point((5, 0.6), (8, 0.9))},
+    "end": {"eval/pass@1": point((0, 0.75))},
+  }
+  picture = next(p for p in report.PICTURES if p.name == "accuracy")
+  figure = report.draw(picture, curves)
+  assert [axes.get_xlabel() for axes in figure.axes] == ["sft step", "grpo step", "end step"]
+  lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[1].get_lines()}
+  assert lines == {
+    "pass@1": [[0, 0.25], [5, 0.5], [8, 0.75]],
+    "greedy": [[0, 0.5], [5, 0.6], [8, 0.9]],
+  }
+  assert figure.axes[2].get_xlim() == (-1, 1)
+
+
 def test_running_mean():
   values = np.array([1.0, 2.0, np.nan, 4.0, 6.0])
   expected = [1.5, 1.5, 3.0, 5.0, 5.0]  # of the three around each, NaN left out, two at the ends
