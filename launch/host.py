@@ -5,6 +5,7 @@ Both settings for a CPU have to be made before JAX computes anything. What they 
 """
 
 import ctypes
+import dataclasses
 import math
 import mmap
 import os
@@ -56,15 +57,26 @@ def split_cpu(devices: int) -> bool:
 
 
 def devices_for(experiment: Experiment) -> int:
-  """The largest power of two, up to the number of cores, that divides every batch."""
+  """As many CPU devices as the mesh of an experiment asks for. Where an axis takes what there is,
+  that is the largest power of two, up to one a core, that divides every batch."""
+  shape = dataclasses.astuple(experiment.mesh)
+  fixed = math.prod(size for size in shape if size > 0)
+  if -1 not in shape:
+    return fixed
   sizes = [experiment.model.width] if experiment.model else []
   for stage in experiment.stages:
     if isinstance(stage, Supervised):
       sizes.append(stage.layout.batch_size // stage.microbatches)
     else:
       sizes += [stage.slots, getattr(stage, "rows", stage.slots)]
-  shared = math.gcd(*sizes)
-  return min(shared & -shared, 1 << (len(os.sched_getaffinity(0)).bit_length() - 1))
+  shared, cores = math.gcd(*sizes), max(1, _cores() // fixed)
+  return fixed * min(shared & -shared, 1 << (cores.bit_length() - 1))
+
+
+def _cores() -> int:
+  """Cores that this process may use."""
+  affinity = getattr(os, "sched_getaffinity", None)  # Linux
+  return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:

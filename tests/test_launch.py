@@ -14,6 +14,7 @@ from tensorboard.plugins.hparams import metadata
 
 from launch import host, local, sweep
 from pt_jax.data.pipeline import Layout
+from pt_jax.experiment import MeshShape
 from pt_jax.loops import record
 from pt_jax.loops.pipeline import Finished
 from tests.loops import tiny
@@ -136,10 +137,19 @@ def test_the_platform_is_left_alone_where_it_is_chosen(monkeypatch):
   [(2, 4, 16, 2), (8, 4, 16, 4), (6, 64, 64, 4), (16, 12, 16, 4), (8, 3, 16, 1), (16, 32, 6, 2)],
 )
 def test_a_cpu_has_as_many_devices_as_divide_the_batches(cores, rows, width, expected, monkeypatch):
-  monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: set(range(cores)))
+  monkeypatch.setattr(host, "_cores", lambda: cores)
   model = dataclasses.replace(tiny.MODEL, width=width)
   stage = tiny.stage(layout=Layout(batch_size=2 * rows, row_length=32), microbatches=2)
   assert host.devices_for(tiny.experiment(stage, model=model)) == expected
+
+
+@pytest.mark.parametrize(
+  ("mesh", "expected"),
+  [(MeshShape(tensor=2), 4), (MeshShape(tensor=8), 8), (MeshShape(data=2, context=3), 6)],
+)
+def test_a_mesh_that_says_its_size_gets_it(mesh, expected, monkeypatch):
+  monkeypatch.setattr(host, "_cores", lambda: 4)
+  assert host.devices_for(tiny.experiment(mesh=mesh)) == expected
 
 
 def test_preparing_a_cpu_splits_it_and_keeps_what_is_freed():

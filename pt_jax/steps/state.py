@@ -109,9 +109,9 @@ class Updater(NamedTuple):
       (gradients of the total in float32 where layout.grads says, the Sum, the metrics).
     """
 
-    def one(microbatch: Any) -> tuple[Params, Sum, Any]:
+    def one(part: Any) -> tuple[Params, Sum, Any]:
       def total(params: Params) -> tuple[jax.Array, Any]:
-        value, metrics = loss(params, microbatch)
+        value, metrics = loss(params, part)
         return value.total, (value, metrics)
 
       grads, (value, metrics) = jax.grad(total, has_aux=True)(params)
