@@ -63,7 +63,8 @@ def main(tasks: tuple[Task, ...] = ("sft", "generate", "grpo")) -> None:
   Args:
     tasks: what to measure.
   """
-  host.prepare(SPEC["threads"])
+  if host.choose_platform() == "cpu":
+    host.use_cpu(SPEC["threads"])
   print(f"{'task':9} {'who':28} {'median s':>9} {'tokens/s':>9} {'ours / theirs':>14}")
   for task in tasks:
     ours, tokens = measure(task)
@@ -205,7 +206,7 @@ def _peer(interpreter: str, script: str) -> list[tuple[float, float, str]]:
   done = subprocess.run(
     [interpreter, str(path)], input=json.dumps(SPEC), text=True, capture_output=True, check=False
   )
-  lines = [line for line in done.stdout.splitlines() if line.startswith('{"peer"')]
+  lines = [line for line in done.stdout.splitlines() if line.startswith("{") and '"peer"' in line]
   if done.returncode or not lines:
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
     print(f"{script}: failed: {last}")

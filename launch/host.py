@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 
 from pt_jax.experiment import Experiment, Supervised
+from pt_jax.loops import record
 
 ACCELERATORS = ("accel0", "vfio", "nvidia0", "kfd", "dxg")  # under /dev: TPUs and GPUs
 # Options of mallopt(3).
@@ -22,9 +23,31 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 RESERVE = 4 << 30  # bytes of address space, not of memory, that huge pages may back
 
 
-def prepare(cpu_devices: int) -> None:
-  """Chooses the platform and, where that is the CPU, makes `cpu_devices` devices of it."""
-  if choose_platform() == "cpu" and split_cpu(cpu_devices):
+def prepare(experiment: Experiment, folder: Path, cpu_devices: int) -> None:
+  """Gets the machine ready for a run.
+
+  Args:
+    experiment: what will run.
+    folder: of the run. One that has begun goes on with the number of CPU devices that it had, since
+      its bits depend on it.
+    cpu_devices: devices to make of the CPU; 0 leaves that to the folder or `devices_for`.
+
+  Raises ValueError when there cannot be `cpu_devices` devices.
+  """
+  if choose_platform() != "cpu":
+    found = f"platform {jax.default_backend()}" if cpu_devices else ""
+  else:
+    before = record.last_environment(folder)
+    recorded = before["devices"] if before.get("platform") == "cpu" else 0
+    use_cpu(cpu_devices or recorded or devices_for(experiment))
+    found = f"{jax.device_count()}" if cpu_devices not in (0, jax.device_count()) else ""
+  if found:
+    raise ValueError(f"--cpu-devices: expected {cpu_devices} CPU devices, found {found}")
+
+
+def use_cpu(devices: int) -> None:
+  """Makes so many devices of the CPU, and keeps the memory that they free."""
+  if split_cpu(devices):
     keep_freed_memory()
 
 
@@ -45,7 +68,7 @@ def split_cpu(devices: int) -> bool:
   """Makes so many devices of the CPU, unless XLA_FLAGS says how many.
 
   One device runs one small operation after the other and wakes its other threads for each; two of
-  them run side by side. Returns False, and does nothing, where JAX has its devices already.
+  them run side by side. Returns False, and does nothing, where JAX has other devices already.
   """
   if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     return True
@@ -57,11 +80,11 @@ def split_cpu(devices: int) -> bool:
 
 
 def devices_for(experiment: Experiment) -> int:
-  """As many CPU devices as the mesh of an experiment asks for. Where an axis takes what there is,
-  that is the largest power of two, up to one a core, that divides every batch."""
-  shape = dataclasses.astuple(experiment.mesh)
-  fixed = math.prod(size for size in shape if size > 0)
-  if -1 not in shape:
+  """As many CPU devices as the mesh of an experiment asks for. Where `data` takes what there is,
+  that is the largest power of two, up to one device a core, that divides every batch."""
+  mesh = experiment.mesh
+  fixed = math.prod(size for size in dataclasses.astuple(mesh) if size > 0)
+  if mesh.data != -1:
     return fixed
   sizes = [experiment.model.width] if experiment.model else []
   for stage in experiment.stages:
@@ -69,7 +92,7 @@ def devices_for(experiment: Experiment) -> int:
       sizes.append(stage.layout.batch_size // stage.microbatches)
     else:
       sizes += [stage.slots, getattr(stage, "rows", stage.slots)]
-  shared, cores = math.gcd(*sizes), max(1, _cores() // fixed)
+  shared, cores = math.gcd(*(size // mesh.expert for size in sizes)), max(1, _cores() // fixed)
   return fixed * min(shared & -shared, 1 << (cores.bit_length() - 1))
 
 

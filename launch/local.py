@@ -46,7 +46,7 @@ class Launch:
   quiet: bool = False
   """No progress, only the results."""
   cpu_devices: int = 0
-  """Devices to make of the CPU where there is nothing else; 0: one a core, if batches divide."""
+  """Devices to make of the CPU; 0: those of a run that goes on, or one a core if batches divide."""
   debug: bool = False
   """A traceback where an error is one line otherwise."""
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(command: Command) -> None:
   """Runs the experiment and prints its results."""
   experiment, launch = command.experiment(), command.launch
-  host.prepare(launch.cpu_devices or host.devices_for(experiment))
+  host.prepare(experiment, launch.runs / experiment.name / command.id, launch.cpu_devices)
   finished = run_experiment(experiment, runs=launch.runs, id=command.id, quiet=launch.quiet)
   if jax.process_index() == 0:
     print_table(results_table(finished.results))

@@ -110,7 +110,7 @@ class Online:
   steps: int
   prompts: int  # per step
   group_size: int  # completions per prompt
-  rows: int  # packed rows of one microbatch (all hosts); an update takes as many as it needs
+  rows: int  # packed rows of one microbatch (all hosts); an update computes as many as it needs
   row_length: int  # also the longest prompt and completion together
   epochs: int = 1  # passes over the rollouts of a step
   minibatches: int = 1  # updates per pass

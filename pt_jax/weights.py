@@ -111,19 +111,24 @@ def project(
 
   Args:
     x: activations; its first two axes, B and S, are those of the result, the others are contracted.
-    weight: the weight, in whatever form its leaf type stores it; cast to the dtype of x. The axes
-      that are contracted come first.
-    equation: e.g. "bsd,dhk->bshk".
+    weight: the weight, in whatever form its leaf type stores it; cast to the dtype of x.
+    equation: e.g. "bsd,dhk->bshk": what is contracted comes first in the weight, and what is left
+      of it keeps its order.
     out_sharding: needed when a contracted axis is split on both sides (the product is then summed
       over that mesh axis).
 
   Where S is whole, the product is one of two matrices, [B S, in] and [in, out], and so are its
   gradients: XLA runs them up to twice as fast on CPU as the same sums over more axes.
+
+  Raises ValueError for an equation of another form.
   """
+  inputs = x.ndim - 2
+  given, letters, result = equation.replace("->", ",").split(",")
+  if given[:2] != "bs" or letters[:inputs] != given[2:] or result != "bs" + letters[inputs:]:
+    raise ValueError(f"project: expected an equation like 'bsd,dhk->bshk', found {equation!r}")
   weight = weight.astype(x.dtype)
   if jax.typeof(x).sharding.spec[1] is not None:
     return jnp.einsum(equation, x, weight, out_sharding=out_sharding)
-  inputs = x.ndim - 2
   kept = weight.shape[inputs:]
   matrix = _merge(_merge(weight, 0, inputs), 1, len(kept))
   rows = _merge(_merge(x, 0, 2), 1, inputs)

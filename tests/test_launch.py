@@ -22,6 +22,12 @@ from tests.loops import tiny
 TINY = "tests.loops.tiny"
 
 
+@pytest.fixture(autouse=True)
+def this_process(monkeypatch):
+  """A run in this process leaves its devices and its memory as they are."""
+  monkeypatch.setattr(host, "prepare", lambda *_: None)
+
+
 def test_arguments_are_those_of_the_config_function():
   command = local.parse([TINY, "--lr", "3e-3", "--runs", "elsewhere", "--quiet"])
   assert command.arguments == {"lr": 3e-3, "steps": 12, "batch_size": 4, "seed": 0}
@@ -145,22 +151,29 @@ def test_a_cpu_has_as_many_devices_as_divide_the_batches(cores, rows, width, exp
 
 @pytest.mark.parametrize(
   ("mesh", "expected"),
-  [(MeshShape(tensor=2), 4), (MeshShape(tensor=8), 8), (MeshShape(data=2, context=3), 6)],
+  [
+    (MeshShape(tensor=2), 4),
+    (MeshShape(tensor=8), 8),
+    (MeshShape(data=2, context=3), 6),
+    (MeshShape(expert=2), 4),
+    (MeshShape(expert=4), 4),
+    (MeshShape(data=1, tensor=-1), 1),
+  ],
 )
 def test_a_mesh_that_says_its_size_gets_it(mesh, expected, monkeypatch):
   monkeypatch.setattr(host, "_cores", lambda: 4)
   assert host.devices_for(tiny.experiment(mesh=mesh)) == expected
 
 
-def test_preparing_a_cpu_splits_it_and_keeps_what_is_freed():
+def test_a_cpu_is_split_and_keeps_what_is_freed():
   """In a process of its own: 200 MB that are written, freed and written again are not faulted in
-  twice. Without `prepare` they are, which the second run shows."""
+  twice. Without `use_cpu` they are, which the second run shows."""
   program = """
 import resource, sys
 import numpy as np
 from launch import host
 if sys.argv[1] == "prepared":
-  host.prepare(2)
+  host.use_cpu(2)
 for _ in range(3):
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   block = np.ones(25_000_000)
@@ -176,6 +189,31 @@ print(faults, len(jax.devices()))
   without, one = map(int, run("as it is").stdout.split())
   assert (devices, one) == (2, 1)
   assert faults < without / 10 and without > 100
+
+
+def test_a_run_keeps_its_number_of_devices(tmp_path):
+  """Chosen, then resumed by a process that would choose one; asked for and not to be had."""
+  run = lambda *options, **environment: subprocess.run(
+    [sys.executable, "-m", "launch.local", TINY, "--runs", tmp_path, "--quiet", *options],
+    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment,
+    text=True,
+    capture_output=True,
+  )
+  counts = lambda: [
+    environment["devices"]
+    for environment in json.loads((tmp_path / "tiny" / "seed=0" / "config.json").read_text())[
+      "environments"
+    ]
+  ]
+  assert run("--cpu-devices", "2").returncode == 0
+  assert counts() == [2]
+  assert run().returncode == 0
+  assert counts() == [2]
+  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+  refused = run("--cpu-devices", "4", **flags)
+  assert refused.returncode == 2
+  assert refused.stderr == "error: --cpu-devices: expected 4 CPU devices, found 1\n"
+  assert counts() == [2]
 
 
 def test_a_sweep_is_the_grid_of_its_arguments():

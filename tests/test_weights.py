@@ -96,3 +96,10 @@ def test_project_computes_in_the_dtype_of_x():
   got = weights.project(x, w, "bsd,df->bsf")
   assert got.dtype == jnp.bfloat16
   np.testing.assert_array_equal(got, 4)  # 1.001 is 1 in bfloat16
+
+
+@pytest.mark.parametrize("equation", ["bsd,hdk->bshk", "bsd,dhk->bskh", "bsd,dhk->shk"])
+def test_project_refuses_an_equation_of_another_form(equation):
+  x, w = jnp.ones((1, 2, 4)), jnp.ones((4, 4, 4))
+  with pytest.raises(ValueError, match=r"^project: expected an equation like .*, found"):
+    weights.project(x, w, equation)

@@ -82,6 +82,13 @@ def environment() -> dict[str, Any]:
   }
 
 
+def last_environment(folder: Path) -> dict[str, Any]:
+  """What a run folder says that it ran on last; {} where there is no run yet."""
+  path = folder / CONFIG
+  environments = json.loads(path.read_text())["environments"] if path.exists() else []
+  return environments[-1] if environments else {}
+
+
 def _function_name(value: Any, field: str) -> Any:
   if isinstance(value, functools.partial):
     call = {"args": value.args, **value.keywords} if value.args else value.keywords

@@ -198,19 +198,19 @@ def draw(picture: Picture, curves: Curves) -> Figure | None:
 
 def _panels(picture: Picture, curves: Curves) -> Curves:
   """What each stage logged for the picture. What a stage that only evaluates found out is where the
-  one behind it begins: it becomes step 0 of that panel."""
+  stage right behind it begins, if that trains: it becomes step 0 of that panel."""
   panels: Curves = {}
   last = None  # the stage before this one, when it only evaluated
   for stage, metrics in curves.items():
     found = _matching(picture.metrics, metrics)
-    if not found:
-      continue
-    if last and panels[last].keys() <= found.keys():
+    only = all(list(steps) == [0] for steps, _ in found.values())
+    if last and not only and panels[last].keys() <= found.keys():
       for name, (_, first) in panels.pop(last).items():
         steps, values = found[name]
         found[name] = np.concatenate([[0], steps]), np.concatenate([first, values])
-    panels[stage] = found
-    last = stage if all(list(steps) == [0] for steps, _ in found.values()) else None
+    if found:
+      panels[stage] = found
+    last = stage if found and only else None
   return panels
 
 
@@ -226,7 +226,8 @@ def draw_comparison(tag: str, series: Mapping[str, Series]) -> Figure:
 
 def _lines(axes: Axes, series: Mapping[str, Series]) -> None:
   if all(len(steps) == 1 for steps, _ in series.values()):
-    axes.set_xlim(*(steps := next(iter(series.values()))[0]) - 1, *steps + 1)
+    at = np.concatenate([steps for steps, _ in series.values()])
+    axes.set_xlim(at.min() - 1, at.max() + 1)
   for i, (name, (steps, values)) in enumerate(series.items()):
     style = {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
     if len(steps) <= SPARSE:

@@ -23,6 +23,7 @@ from pt_jax.weights import Param, Params, Table, project
 
 # (q [B,S,H,K], k [B,S,G,K], v [B,S,G,K]) -> (out [B,S,H,K], what the caller keeps of this layer)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Angles = tuple[jax.Array, jax.Array]  # cos and sin
 
 
 def table(c: ModelConfig) -> Table:
@@ -80,20 +81,25 @@ def _llama3_frequencies(frequency: jax.Array, s: Llama3Rope) -> jax.Array:
   return frequency * (keep + (1 - keep) / s.factor)
 
 
-def rope_angles(c: ModelConfig, positions: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
-  """cos and sin [B, S, 1, K/2] float32 of the rotary angles at `positions` [B, S] < `limit`.
+def rope_table(c: ModelConfig, limit: int) -> Angles:
+  """cos and sin [limit, K/2] float32 of the rotary angles at positions 0, 1, ... limit - 1.
 
-  Looked up in a table of the positions there are: computed in place, XLA would do so again in
-  every fusion of every layer. A position past the limit gives NaN.
+  Angles are looked up: where they are computed in place, XLA does so again in every fusion of every
+  layer.
   """
   turns = jnp.arange(limit, dtype=jnp.float32)[:, None] * rope_frequencies(c)
+  return jnp.cos(turns), jnp.sin(turns)
+
+
+def rope_angles(table: Angles, positions: jax.Array) -> Angles:
+  """Rows of `rope_table` as [B, S, 1, K/2] for positions [B, S]; past its limit they are NaN."""
   where = jax.P(*jax.typeof(positions).sharding.spec, None)
-  look_up = lambda table: table.at[positions].get(mode="fill", out_sharding=where)[:, :, None]
-  return look_up(jnp.cos(turns)), look_up(jnp.sin(turns))
+  cos, sin = (x.at[positions].get(mode="fill", out_sharding=where)[:, :, None] for x in table)
+  return cos, sin
 
 
 def block(
-  x: jax.Array, w: Params, c: ModelConfig, angles: tuple[jax.Array, jax.Array], attend: Attend
+  x: jax.Array, w: Params, c: ModelConfig, angles: Angles, attend: Attend
 ) -> tuple[jax.Array, Any]:
   """One layer. x [B, S, D] -> ([B, S, D], what `attend` kept of this layer)."""
   act = USE.spec("batch", "seq", "embed")
@@ -176,7 +182,7 @@ def forward(
   x = embed(
     weights.reshard(params["embed"], rows["embed"], USE), tokens, jnp.dtype(c.compute_dtype)
   )
-  angles = rope_angles(c, positions, tokens.shape[1])
+  angles = rope_angles(rope_table(c, tokens.shape[1]), positions)
   attend = attend_packed(c, positions, segment_ids)
   block_rows = weights.map_table(Param.unstack, rows["blocks"])
 

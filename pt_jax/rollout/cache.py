@@ -39,7 +39,9 @@ def empty(config: ModelConfig, slots: int, length: int) -> Cache:
   return Cache(zeros(config.head_dim, length), zeros(length, config.head_dim))
 
 
-def insert(cache: Cache, layer: int, prompts: tuple[jax.Array, jax.Array], source: jax.Array):
+def insert(
+  cache: Cache, layer: int, prompts: tuple[jax.Array, jax.Array], source: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """One layer's keys and values with those of prompts at the start of the slots that begin so.
 
   Args:

@@ -231,7 +231,8 @@ def _prefill(w: Params, state: Slots, fill: Fill, *, config: ModelConfig) -> Slo
     return lambda q, k, v: (packed(q, k, v)[0], (k, v))
 
   x = decoder.embed(w["embed"], tokens, jnp.dtype(config.compute_dtype))
-  _, kept = _layers(w, config, x, decoder.rope_angles(config, positions, tokens.shape[1]), attend)
+  angles = decoder.rope_angles(decoder.rope_table(config, tokens.shape[1]), positions)
+  _, kept = _layers(w, config, x, angles, attend)
   slot = lambda x: jax.reshard(x, USE.spec("batch"))
   source, begins = slot(fill.source), slot(fill.source) >= 0
   last = fill.length - 1
@@ -278,6 +279,7 @@ def _launch(
   count = jnp.zeros(slots, jnp.int32, out_sharding=USE.spec("batch"))
   gone = jax.reshard(gone, USE.spec("batch"))
   state = dataclasses.replace(state, active=state.active & ~gone)
+  table = decoder.rope_table(config, state.cache.values[0].shape[2])
   start = (jnp.int32(0), state, Drawn(zeros(jnp.int32), zeros(jnp.float32), count))
 
   def unfinished(carry: tuple[jax.Array, Slots, Drawn]) -> jax.Array:
@@ -286,7 +288,7 @@ def _launch(
 
   def step(carry: tuple[jax.Array, Slots, Drawn]) -> tuple[jax.Array, Slots, Drawn]:
     i, state, drawn = carry
-    hidden, cache = _read(w, state, config)
+    hidden, cache = _read(w, state, table, config)
     position = state.position + 1
     token, logprob = _draw(w, hidden, state.request, position, key, options)
     put = lambda into, x: into.at[:, i].set(jnp.where(state.active, x, 0))
@@ -311,7 +313,9 @@ def _launch(
   return state, jax.tree.map(whole, drawn)
 
 
-def _read(w: Params, state: Slots, c: ModelConfig) -> tuple[jax.Array, kv.Cache]:
+def _read(
+  w: Params, state: Slots, table: decoder.Angles, c: ModelConfig
+) -> tuple[jax.Array, kv.Cache]:
   """Reads the token of every slot: final hidden states [N, D] and the cache that now holds it."""
   tokens, positions = state.token[:, None], state.position[:, None]
   x = decoder.embed(w["embed"], tokens, jnp.dtype(c.compute_dtype))
@@ -319,6 +323,5 @@ def _read(w: Params, state: Slots, c: ModelConfig) -> tuple[jax.Array, kv.Cache]
   def attend(i: int) -> decoder.Attend:
     return kv.attend_cached(c, state.cache.keys[i], state.cache.values[i], state.position)
 
-  angles = decoder.rope_angles(c, positions, state.cache.values[0].shape[2])
-  x, kept = _layers(w, c, x, angles, attend)
+  x, kept = _layers(w, c, x, decoder.rope_angles(table, positions), attend)
   return x[:, 0], kv.Cache(*zip(*kept))

@@ -32,8 +32,9 @@ def token_statistics(
 
 
 def filled(batch: PolicyBatch) -> jax.Array:
-  """How many microbatches of a batch [A, B, S] hold a token; they are the first ones."""
-  return jnp.sum((batch.segment_ids >= 0).any((1, 2)), dtype=jnp.int32)
+  """[] int32, microbatches of a batch [A, B, S] up to the last one that holds a token."""
+  held = (batch.segment_ids >= 0).any((1, 2))
+  return jnp.max(jnp.where(held, jnp.arange(1, len(held) + 1), 0))
 
 
 def score(

@@ -102,8 +102,8 @@ class Updater(NamedTuple):
       loss: (params, microbatch) -> (Sum of the objective, metrics whose `+` accumulates).
       params: differentiated.
       batch: pytree with leaves [A, ...].
-      count: microbatches to compute, from the first (default: A). It may be traced, so that one
-        program serves batches that are filled to a different degree.
+      count: microbatches to compute, from the first, at least 1 (default: A). It may be traced, so
+        that one program serves batches that are filled to a different degree.
 
     Returns:
       (gradients of the total in float32 where layout.grads says, the Sum, the metrics).

@@ -76,6 +76,18 @@ def test_values_and_gradients_are_the_references(length, aligned):
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+def test_bfloat16_is_near_float32():
+  """Each gradient within a few roundings (2^-8) of its largest entry, in its input's dtype."""
+  data = inputs(200)
+  want, want_gradient = run(flash_attention, data, aligned=True)
+  half = [jnp.asarray(x, jnp.bfloat16) for x in data[:3]]
+  got, gradient = run(flash_attention, (*half, *data[3:]), aligned=True)
+  for a, b in zip((got, *gradient), (want, *want_gradient)):
+    assert a.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(a, np.float32) - b).max() / np.abs(b).max()
+    assert 1e-4 < error < 3 * 2**-8
+
+
 def test_padding_is_zero_and_has_no_gradient():
   data = inputs(200)
   padding = data[5] < 0

@@ -83,16 +83,24 @@ def test_a_stage_that_only_evaluates_is_where_the_next_one_begins():
     "cold_start": {"eval/pass@1": point((0, 0.25)), "eval/greedy": point((0, 0.5))},
     "grpo": {"eval/pass@1": point((5, 0.5), (8, 0.75)), "eval/greedy": point((5, 0.6), (8, 0.9))},
     "end": {"eval/pass@1": point((0, 0.75))},
+    "other": {"eval/pass@1": point((0, 0.5))},
   }
   picture = next(p for p in report.PICTURES if p.name == "accuracy")
   figure = report.draw(picture, curves)
-  assert [axes.get_xlabel() for axes in figure.axes] == ["sft step", "grpo step", "end step"]
+  assert [axes.get_xlabel().removesuffix(" step") for axes in figure.axes] == [
+    "sft",
+    "grpo",
+    "end",
+    "other",
+  ]
   lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[1].get_lines()}
   assert lines == {
     "pass@1": [[0, 0.25], [5, 0.5], [8, 0.75]],
     "greedy": [[0, 0.5], [5, 0.6], [8, 0.9]],
   }
   assert figure.axes[2].get_xlim() == (-1, 1)
+  (axes,) = report.draw_comparison("a/b", {"x": point((3, 1.0)), "y": point((9, 2.0))}).axes
+  assert axes.get_xlim() == (2, 10)
 
 
 def test_running_mean():

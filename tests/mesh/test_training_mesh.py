@@ -42,6 +42,12 @@ CASES = [
   Case("grpo", CONTEXT, 1, 2, "packed"),
   Case("sft", CONTEXT, 3, 4, "packed"),
 ]
+EVERY = [
+  Case(*fields)
+  for fields in itertools.product(
+    ("sft", "grpo"), (DATA, BOTH, HALF, TENSOR), (1, 3), (1, 2, 4), ("packed", "unpacked")
+  )
+]
 
 
 def test_cases_hold_every_pair():
@@ -61,6 +67,17 @@ def largest_error(got, want) -> float:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_update_is_that_of_one_device(case):
+  check_update(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_every_update_is_that_of_one_device(case):
+  check_update(case)
+
+
+def check_update(case: Case) -> None:
+  """Metrics, moments and parameters of one update against one device; where they live."""
   want = training.update(Case(case.kind, (1, 1, 1, 1), 1, 1, "unpacked"))
   got = training.update(case)
   assert got.metrics.keys() == want.metrics.keys()

@@ -228,14 +228,15 @@ def test_rotation_is_that_of_the_paper():
   c = dataclasses.replace(MODEL, head_dim=6)
   rng = np.random.default_rng(0)
   x, positions = rng.normal(size=(2, 3, 4, 6)).astype(np.float32), rng.integers(0, 99, (2, 3))
-  turned = decoder.rotate(x, *decoder.rope_angles(c, jnp.asarray(positions), 99))
+  angles = decoder.rope_angles(decoder.rope_table(c, 99), jnp.asarray(positions))
+  turned = decoder.rotate(x, *angles)
   theta = 10_000.0 ** (-np.arange(0, 6, 2) / 6)
   z = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * positions[:, :, None, None] * theta)
   np.testing.assert_allclose(turned, np.concatenate([z.real, z.imag], -1), atol=2e-5)
 
 
 def test_a_position_past_the_limit_is_not_taken_for_another():
-  cos, sin = decoder.rope_angles(MODEL, jnp.array([[0, 7, 8]]), 8)
+  cos, sin = decoder.rope_angles(decoder.rope_table(MODEL, 8), jnp.array([[0, 7, 8]]))
   assert np.isfinite(cos[0, :2]).all() and np.isfinite(sin[0, :2]).all()
   assert np.isnan(cos[0, 2]).all() and np.isnan(sin[0, 2]).all()
 

@@ -144,7 +144,7 @@ def test_microbatches(algorithm):
 
 
 def test_empty_microbatches_are_not_computed():
-  """Two of four hold nothing, and advantages that would be seen: NaN times a mask of 0 is NaN."""
+  """Two of four hold nothing but a mask of NaN, which no sum would survive."""
   fields = {"old_logprobs": near_own(), "reference_logprobs": near_own(0.5)}
   full = tiny.batch(PolicyBatch, 2, **fields)
   nothing = jax.tree.map(np.zeros_like, full)
