@@ -143,6 +143,10 @@ def attend_packed(c: ModelConfig, positions: jax.Array, segment_ids: jax.Array) 
     row, whole_row = USE.spec("batch", "seq"), USE.spec("batch", None)
 
     def local(q, k, v, q_positions, q_segments, k_positions, k_segments):
+      # Each part of the queries has gradients of its own for the whole keys: the transpose of this
+      # cast adds them up.
+      if jax.lax.axis_size("context") > 1:
+        k, v = (jax.lax.pcast(x, "context", to="varying") for x in (k, v))
       return flash_attention(
         q,
         k,

@@ -22,14 +22,12 @@ def sample(
     tokens [B] int32, and their log-probs [B] float32 under the full softmax at the temperature
     (greedy: at temperature 1), before top-k, top-p and min-p.
   """
-  if params.temperature > 0:
-    logits = logits / params.temperature
-  logprobs = jax.nn.log_softmax(logits)
+  logprobs = jax.nn.log_softmax(logits / (params.temperature or 1.0))
   if params.temperature == 0:
     tokens = jnp.argmax(logits, -1)
   else:
-    kept = keep_likely(logprobs, params)
-    tokens = choose(jnp.exp(kept), jax.vmap(jax.random.uniform)(keys))
+    weights = jnp.where(jnp.isneginf(keep_likely(logits, params)), 0, jnp.exp(logprobs))
+    tokens = choose(weights, jax.vmap(jax.random.uniform)(keys))
   hit = jnp.arange(logits.shape[-1]) == tokens[:, None]
   return tokens.astype(jnp.int32), jnp.where(hit, logprobs, 0).sum(-1)
 
@@ -62,21 +60,26 @@ def choose(weights: jax.Array, uniform: jax.Array) -> jax.Array:
   return jnp.minimum(first, last)
 
 
-def keep_likely(logprobs: jax.Array, params: SamplingParams) -> jax.Array:
+def keep_likely(logits: jax.Array, params: SamplingParams) -> jax.Array:
   """Sets to -inf what top-k, then min-p, then top-p cut from [B, V]; the most likely token stays.
 
   Top-p keeps the shortest prefix, in order of probability, whose mass reaches top_p, of what the
   other two left (renormalised), as vLLM and transformers do; of equally likely tokens all stay.
+
+  A bound is itself one of the logits, as they came in: a value that a compiler computes in two
+  places may differ in its last bit, and the token that is the bound would be cut.
   """
+  kept = logits
   if params.top_k:
-    lowest = jax.lax.top_k(logprobs, min(params.top_k, logprobs.shape[-1]))[0][:, -1:]
-    logprobs = jnp.where(logprobs < lowest, -jnp.inf, logprobs)
+    lowest = jax.lax.top_k(logits, min(params.top_k, logits.shape[-1]))[0][:, -1:]
+    kept = jnp.where(logits < lowest, -jnp.inf, kept)
   if params.min_p > 0:
-    lowest = logprobs.max(-1, keepdims=True) + jnp.log(params.min_p)
-    logprobs = jnp.where(logprobs < lowest, -jnp.inf, logprobs)
+    lowest = logits.max(-1, keepdims=True) + params.temperature * jnp.log(params.min_p)
+    kept = jnp.where(logits < lowest, -jnp.inf, kept)
   if params.top_p < 1:
-    probs = jnp.sort(jax.nn.softmax(logprobs), axis=-1, descending=True)
+    ordered = jnp.sort(kept, axis=-1, descending=True)
+    probs = jax.nn.softmax(ordered / params.temperature)
     before = jnp.cumsum(probs, -1) - probs
-    lowest = jnp.where(before < params.top_p, probs, jnp.inf).min(-1, keepdims=True)
-    logprobs = jnp.where(jax.nn.softmax(logprobs) < lowest, -jnp.inf, logprobs)
-  return logprobs
+    lowest = jnp.where(before < params.top_p, ordered, jnp.inf).min(-1, keepdims=True)
+    kept = jnp.where(logits < lowest, -jnp.inf, kept)
+  return kept
