@@ -67,6 +67,12 @@ def generate_and_judge(
     first_group: number of the first problem.
   """
   prompts = [np.asarray(task.encode(p)).tolist() for p in problems]
+  for problem, prompt in zip(problems, prompts):
+    if len(prompt) + sampling.max_tokens > engine.max_length:
+      raise ValueError(
+        f"problem {problem.id}: prompt of {len(prompt)} tokens and max_tokens "
+        f"{sampling.max_tokens} exceed row_length {engine.max_length}"
+      )
   rollouts = engine.generate(prompts, sampling, key=key, n=n)
   completions = []
   for i, problem in enumerate(p for p in problems for _ in range(n)):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -217,6 +218,14 @@ def test_epochs_minibatches_reference_and_truncated(tmp_path, monkeypatch):
   """Old log-probs are those before the first of four updates; the reference never moves."""
   updates = recorded(monkeypatch, online._Loop, "_update_all")
   packed = recorded(monkeypatch, online, "pack_policy")
+  before, batches, make = [], [], online._Loop._batch
+
+  def batch(loop, part):
+    before.append(jax.device_get(loop.state.params))
+    batches.append((loop, make(loop, part)))
+    return batches[-1][1]
+
+  monkeypatch.setattr(online._Loop, "_batch", batch)
   algorithm = dataclasses.replace(
     objective.grpo(),
     kl=objective.Kl(0.01, estimator="k3"),
@@ -235,7 +244,11 @@ def test_epochs_minibatches_reference_and_truncated(tmp_path, monkeypatch):
     assert all(m["rollout/logprob_gap_max"] <= 1e-4 for m in step)  # old against sampler
   assert measured[0][0]["policy/kl"] == pytest.approx(0, abs=1e-6)
   assert all(m["policy/kl"] > 1e-6 for m in measured[0][1:] + measured[1] + measured[2])
-  assert measured[2][-1]["policy/kl"] > measured[0][1]["policy/kl"]
+  loop, last = batches[-1]
+  place = lambda x, like: jax.device_put(x, like.sharding)
+  with jax.set_mesh(loop.context.mesh):
+    params = jax.tree.map(place, before[0], loop.state.params)
+    np.testing.assert_array_equal(last.reference_logprobs, loop._score(params, last))
   for row, step in zip(rows_of(finished), measured):  # logged: the mean of the updates
     mean = np.mean([m["policy/kl"] for m in step])
     assert row["policy/kl"] == pytest.approx(mean, rel=1e-5)
