@@ -123,8 +123,7 @@ def _sft() -> Callable[[int], int]:
 
   def once(_: int) -> int:
     for _ in range(spec["steps"]):
-      box[0], _ = step(box[0], batch)
-    jax.block_until_ready(box[0])
+      box[0], _ = jax.block_until_ready(step(box[0], batch))
     return spec["batch"] * spec["length"] * spec["steps"]
 
   return once

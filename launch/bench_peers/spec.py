@@ -34,7 +34,7 @@ SPEC = {
   "generate": {"batch": 64, "prompt": 32, "new_tokens": 96},
   "grpo": {"prompts": 8, "samples": 8, "prompt": 32, "new_tokens": 96},
   "learning_rate": 1e-4,
-  "warmup": 7,  # timings thrown away: compiling, and until a process has the memory that it keeps
+  "warmup": 14,  # timings thrown away: compiling, and until a process has the memory that it keeps
   "repeats": 5,  # timings kept
   "threads": 2,
 }
