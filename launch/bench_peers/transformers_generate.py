@@ -8,6 +8,7 @@ import torch_peer
 
 @torch.inference_mode()
 def main() -> None:
+  """Measures, and prints the line that `launch.bench` reads."""
   spec = torch_peer.start()
   size = spec["generate"]
   model = torch_peer.qwen3(spec).eval()

@@ -7,6 +7,7 @@ import torch_peer
 
 
 def main() -> None:
+  """Measures, and prints the line that `launch.bench` reads."""
   spec = torch_peer.start()
   sft, model = spec["sft"], torch_peer.qwen3(spec)
   optimizer = torch.optim.AdamW(model.parameters(), spec["learning_rate"], fused=True)

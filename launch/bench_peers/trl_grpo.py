@@ -13,6 +13,7 @@ def reward(completions: list[str], **_) -> list[float]:
 
 
 def main() -> None:
+  """Measures, and prints the line that `launch.bench` reads."""
   spec = torch_peer.start()
   grpo = spec["grpo"]
   steps = spec["warmup"] + spec["repeats"] + 1

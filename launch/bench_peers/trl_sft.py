@@ -8,6 +8,7 @@ from datasets import Dataset
 
 
 def main() -> None:
+  """Measures, and prints the line that `launch.bench` reads."""
   spec = torch_peer.start()
   sft = spec["sft"]
   steps = (spec["warmup"] + spec["repeats"]) * sft["steps"]

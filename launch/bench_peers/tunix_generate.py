@@ -7,6 +7,7 @@ from tunix.generate import sampler
 
 
 def main() -> None:
+  """Measures, and prints the line that `launch.bench` reads."""
   spec = tunix_peer.start()
   size, model = spec["generate"], tunix_peer.config(spec)
   with tunix_peer.mesh():

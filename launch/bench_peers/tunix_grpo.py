@@ -41,6 +41,7 @@ def cluster(spec: dict, steps: int) -> rl_cluster.RLCluster:
 
 
 def main() -> None:
+  """Measures, and prints the line that `launch.bench` reads."""
   spec = tunix_peer.start()
   grpo = spec["grpo"]
   steps = spec["warmup"] + spec["repeats"] + 1

@@ -34,6 +34,7 @@ def model_input(batch: peft_trainer.TrainingInput) -> dict:
 
 
 def main() -> None:
+  """Measures, and prints the line that `launch.bench` reads."""
   spec = tunix_peer.start()
   sft = spec["sft"]
   steps = (spec["warmup"] + spec["repeats"]) * sft["steps"] + 2

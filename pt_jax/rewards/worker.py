@@ -48,6 +48,13 @@ SCORERS = {"math": _load_math, "family": _load_family}
 
 
 def main(kind: str, seconds: float, memory: int) -> None:
+  """Answers requests on standard input, one score each, until it is closed or a limit kills it.
+
+  Args:
+    kind: of scorer, a key of `SCORERS`.
+    seconds: of a score at most.
+    memory: bytes of address space.
+  """
   resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   replies = os.dup(1)
