@@ -6,9 +6,9 @@
 
 The default trains a byte-level decoder of 0.8 M parameters from scratch on a tenth of an epoch, to
 see that everything works: it learns to spell and to close a calculation, not to calculate. On 2 CPU
-cores it takes 1m50s of CPU time (5 minutes measured beside other jobs). Seed 0 ends with
-eval/nats_per_token 2.23 (a token is a byte) and eval/accuracy 35.3 % of held-out bytes, at 97 % of
-positions filled; `per_sample` with 2.24 and 35.2 %.
+cores it takes 1m21s beside another job. Seed 0 ends with eval/nats_per_token 2.23 (a token is a
+byte) and eval/accuracy 35.3 % of held-out bytes, at 97 % of positions filled; `per_sample` with
+2.24 and 35.2 %.
 
 Left out: solving rates, which need a model that can calculate (see grpo_gsm8k).
 """
