@@ -34,15 +34,14 @@ def prepare(experiment: Experiment, folder: Path, cpu_devices: int) -> None:
 
   Raises ValueError when there cannot be `cpu_devices` devices.
   """
-  if choose_platform() != "cpu":
-    found = f"platform {jax.default_backend()}" if cpu_devices else ""
-  else:
+  if choose_platform() == "cpu":
     before = record.last_environment(folder)
     recorded = before["devices"] if before.get("platform") == "cpu" else 0
     use_cpu(cpu_devices or recorded or devices_for(experiment))
-    found = f"{jax.device_count()}" if cpu_devices not in (0, jax.device_count()) else ""
-  if found:
-    raise ValueError(f"--cpu-devices: expected {cpu_devices} CPU devices, found {found}")
+  if cpu_devices:
+    found = jax.device_count() if jax.default_backend() == "cpu" else 0
+    if found != cpu_devices:
+      raise ValueError(f"--cpu-devices: expected {cpu_devices} CPU devices, found {found}")
 
 
 def use_cpu(devices: int) -> None:

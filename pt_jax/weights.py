@@ -118,7 +118,7 @@ def project(
       over that mesh axis).
 
   Where S is whole, the product is one of two matrices, [B S, in] and [in, out], and so are its
-  gradients: XLA runs them up to twice as fast on CPU as the same sums over more axes.
+  gradients: with more axes XLA on CPU transposes an operand of the weight's gradient first.
 
   Raises ValueError for an equation of another form.
   """

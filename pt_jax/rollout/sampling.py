@@ -66,8 +66,8 @@ def keep_likely(logits: jax.Array, params: SamplingParams) -> jax.Array:
   Top-p keeps the shortest prefix, in order of probability, whose mass reaches top_p, of what the
   other two left (renormalised), as vLLM and transformers do; of equally likely tokens all stay.
 
-  A bound is itself one of the logits, as they came in: a value that a compiler computes in two
-  places may differ in its last bit, and the token that is the bound would be cut.
+  Bounds are taken from the logits as they came in, and compared with those: a value that a compiler
+  computes in two places may differ in its last bit, and the token that is the bound would be cut.
   """
   kept = logits
   if params.top_k:
