@@ -77,6 +77,7 @@ class Supervised:
   sample_every: int = 0  # periodic completions of `data.prompts`; 0: never
   sampling: SamplingParams | None = None  # of the periodic samples
   stop: tuple[EarlyStop, ...] = ()
+  start: str | None = None  # stage whose parameters it starts from; None: see `Experiment`
 
   def __post_init__(self):
     if self.layout.batch_size % self.microbatches:
@@ -120,6 +121,7 @@ class Online:
   evaluate_problems: int = 512
   checkpoint_every: int = 0  # 0: only at the end
   sample_rows: int = 4  # completions written to samples.jsonl per step
+  start: str | None = None  # stage whose parameters it starts from; None: see `Experiment`
 
   def __post_init__(self):
     positive = ("steps", "prompts", "group_size", "rows", "row_length", "epochs", "minibatches")
@@ -151,6 +153,7 @@ class Evaluate:
   sampling: SamplingParams
   count: int = 512  # problems
   slots: int = 64
+  start: str | None = None  # stage whose parameters it starts from; None: see `Experiment`
 
 
 Stage = Supervised | Online | Evaluate
@@ -158,7 +161,8 @@ Stage = Supervised | Online | Evaluate
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """A pipeline of stages; each starts from the parameters that the one before left."""
+  """A pipeline of stages. Each starts from what the latest one before it left, unless it names
+  another by `start`."""
 
   name: str
   stages: tuple[Stage, ...]
@@ -175,3 +179,9 @@ class Experiment:
     names = [stage.name for stage in self.stages]
     if not names or len(set(names)) < len(names):
       raise ValueError(f"experiment {self.name}: stages need distinct names, found {names}")
+    for i, stage in enumerate(self.stages):
+      if stage.start is not None and stage.start not in names[:i]:
+        raise ValueError(
+          f"stage {stage.name}: start: expected a stage before it, one of {names[:i]}, found "
+          f"{stage.start!r}"
+        )

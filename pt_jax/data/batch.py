@@ -37,3 +37,22 @@ class PolicyBatch:
   old_logprobs: jax.Array  # [B, S] float32, trainer log-prob before the first update, 0 outside
   sampler_logprobs: jax.Array  # [B, S] float32, log-prob the rollout engine reported, 0 outside
   reference_logprobs: jax.Array  # [B, S] float32, log-prob under the reference policy, 0 if unused
+
+
+@flax.struct.dataclass
+class ComparisonBatch:
+  """Packed completions that are compared or judged. The first four fields are those of `Batch`.
+
+  A group is what one loss value is made of: the two completions of a pair, a ranked list, or one
+  completion with a label. Its segments stand side by side in one row, the best one first.
+  """
+
+  tokens: jax.Array  # [B, S] int32, 0 on padding
+  positions: jax.Array  # [B, S] int32, counted from 0 in each segment, 0 on padding
+  segment_ids: jax.Array  # [B, S] int32, -1 on padding
+  mask: jax.Array  # [B, S] float32, 1 on completion tokens; for step rewards, on step marks
+  group_ids: jax.Array  # [B, S] int32, number of the group in its row, -1 on padding
+  labels: jax.Array  # [B, S] float32, of the completion (1 chosen or right) or of the step, in 0..1
+  weights: jax.Array  # [B, S] float32, of the group, 0 on padding
+  margins: jax.Array  # [B, S] float32, of the group, 0 on padding
+  reference_logprobs: jax.Array  # [B, S] float32, log-prob under the reference, 0 if unused

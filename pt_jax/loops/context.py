@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,12 @@ class Context:
   layout: sharding.Layout  # where parameters, gradients and optimizer state live between steps
   seed: int
   params: Params  # where layout.params says; not to be donated
+  saved: Callable[[str, Params], Params]  # (finished stage, abstract tree) -> what it left
   quiet: bool = False  # no progress on the terminal
+
+  def left_by(self, stage: str, table: Table) -> Params:
+    """What a finished stage left, a tree of `table`, where layout.params says."""
+    return self.saved(stage, abstract_params(dataclasses.replace(self, table=table)))
 
   def key(self, purpose: str, step: int) -> jax.Array:
     """The PRNG key of one use at one step: the seed folded with stage, purpose and step."""

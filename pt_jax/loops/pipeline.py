@@ -11,9 +11,9 @@ import jax
 
 from pt_jax import sharding
 from pt_jax.experiment import Experiment, Online, Stage, Supervised
-from pt_jax.loops import report, run
+from pt_jax.loops import report
 from pt_jax.loops.checks import check_model, check_stage
-from pt_jax.loops.context import Context, abstract_params, initial_params
+from pt_jax.loops.context import Context, initial_params
 from pt_jax.loops.online import run_evaluate, run_online
 from pt_jax.loops.run import Run
 from pt_jax.loops.supervised import run_supervised
@@ -97,26 +97,30 @@ def results_table(results: Results) -> list[dict[str, str | float | None]]:
 
 
 def _run_stages(
-  opened: Run, stages: Sequence[Stage], context: Callable[..., Context], params: Params | None
+  opened: Run, stages: Sequence[Stage], context: Callable[..., Context], loaded: Params | None
 ) -> tuple[Params, Results]:
-  """Runs the stages that are not finished; the first from `params`, or from random ones if None."""
+  """Runs the stages that are not finished; the first from `loaded`, or from random ones if None."""
   results: Results = {}
-  finished: run.Stage | None = None
+  saved = lambda name, like: opened.stage(name).params(like)
+  context = functools.partial(context, saved=saved)
+  last, params = None, loaded  # the stage that left the policy, and the policy if it is in memory
   for stage in stages:
     handle = opened.stage(stage.name)
-    if handle.finished:
-      finished, params = handle, None
-      results[stage.name] = handle.results()
-      continue
-    given = context(stage=handle, params=None)
-    if params is None:
-      params = finished.params(abstract_params(given)) if finished else initial_params(given)
-    given = dataclasses.replace(given, params=params)
-    params, results[stage.name] = _run_stage(stage, given)
-    handle.finish(params, results[stage.name])
+    if not handle.finished:
+      given = context(stage=handle, params=None)
+      start = stage.start or last
+      if params is None or start != last:
+        params = given.left_by(start, given.table) if start else initial_params(given)
+      given = dataclasses.replace(given, params=params)
+      params, results[stage.name] = _run_stage(stage, given)
+      handle.finish(params, results[stage.name])
+    else:
+      params, results[stage.name] = None, handle.results()
+    last = stage.name
   if params is None:
-    assert finished is not None  # there is at least one stage
-    params = finished.params(abstract_params(context(stage=finished, params=None)))
+    assert last is not None  # there is at least one stage
+    given = context(stage=opened.stage(last), params=None)
+    params = given.left_by(last, given.table)
   return params, results
 
 

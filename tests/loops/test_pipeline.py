@@ -78,3 +78,18 @@ def test_it_starts_from_a_checkpoint_in_hf_format(whole, tmp_path):
   run(tmp_path, tiny.experiment(STAGES[1], **changes))
   start = evaluations(tmp_path / "tiny" / "0", "second")[0]
   assert start == evaluations(whole.folder, "second")[-1]
+
+
+def test_a_stage_starts_from_the_one_it_names(tmp_path):
+  """Three stages; the third from the first: it repeats the second bit for bit."""
+  first, second = tiny.stage(name="first"), tiny.stage(name="second")
+  other = tiny.stage(name="third", start="first")
+  finished = run(tmp_path, tiny.experiment(first, second, other))
+  assert finished.results["second"] == finished.results["third"]
+  assert finished.results["first"] != finished.results["second"]
+
+
+def test_an_unknown_start_is_named():
+  message = r"stage sft: start: expected a stage before it, one of \[\], found 'x'"
+  with pytest.raises(ValueError, match=message):
+    tiny.experiment(tiny.stage(start="x"))
