@@ -57,9 +57,12 @@ class Context:
     return create(jax.tree.map(jnp.copy, self.params)), None
 
   def progress(self, total: int, start: int = 0) -> Progress:
-    """The progress of this stage, over `total` steps of which `start` are done."""
+    """The progress of this stage, over `total` steps of which `start` are done. It also shows what
+    the stage's logs newly show of a failure."""
     stream = open(os.devnull, "w") if self.quiet else None  # noqa: SIM115 (as long as the process)
-    return Progress(self.stage.name, total, start=start, stream=stream)
+    progress = Progress(self.stage.name, total, start=start, stream=stream)
+    self.stage.tell = progress.tell
+    return progress
 
 
 @contextlib.contextmanager

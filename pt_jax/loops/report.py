@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pt_jax.loops.diagnose import diagnose
 from pt_jax.loops.record import CONFIG, read_config
 from pt_jax.metrics import (
   EVENTS,
@@ -96,7 +97,7 @@ def write_report(
   """
   folder = Path(folder)
   curves = read_curves(folder)
-  parts = [f"# {title}", _provenance(folder), markdown_table(rows), CAPTION]
+  parts = [f"# {title}", _provenance(folder), markdown_table(rows), CAPTION, *_diagnosis(curves)]
   for picture in pictures:
     if figure := draw(picture, curves):
       figure.savefig(folder / f"{picture.name}.png")
@@ -307,6 +308,13 @@ def _provenance(folder: Path) -> str:
   devices = f"{here['devices']} x {here['device']}"
   run = f"{folder.parent.name}/{folder.name}"
   return f"`{run}` · {commit} · jax {here['versions']['jax']} · {devices}"
+
+
+def _diagnosis(curves: Curves) -> list[str]:
+  """A section with what the logs show of failures, or that they show none."""
+  found = [(stage, finding) for stage, curve in curves.items() for finding in diagnose(curve)]
+  rows = [{"stage": stage, **dataclasses.asdict(finding)} for stage, finding in found]
+  return ["## Diagnosis", markdown_table(rows) or "Nothing found."]
 
 
 def _samples(rows: Sequence[dict[str, Any]]) -> list[str]:

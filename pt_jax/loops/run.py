@@ -19,7 +19,7 @@ Only process 0 of a pod writes; all of them call the same things. No absolute pa
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import jax
 
 from pt_jax import checkpoint
 from pt_jax.checkpoint import Checkpointer, Restored, Tree
-from pt_jax.loops import record
+from pt_jax.loops import diagnose, record
 from pt_jax.loops.record import CONFIG
 from pt_jax.metrics import Journal, Scalars
 
@@ -128,7 +128,9 @@ class Stage:
   def __init__(self, run: Run, name: str, keep: int):
     """Use `Run.stage`."""
     self.name = name
+    self.tell: Callable[[str], None] = lambda line: None  # what a new finding is shown by
     self._run = run
+    self._watch: diagnose.Watch | None = None
     self._params_folder = run.folder / PARAMS / name
     self._checkpoints = Checkpointer(run.folder / CHECKPOINTS / name, keep=keep)
 
@@ -139,8 +141,14 @@ class Stage:
       return saved.latest_step() is not None
 
   def log(self, step: int, metrics: Scalars) -> None:
-    """Scalars of one step, to TensorBoard (as STAGE/NAME) and metrics.jsonl."""
-    self._run.journal.scalars(self.name, step, metrics)
+    """Scalars of one step, to TensorBoard (as STAGE/NAME) and metrics.jsonl, with what they newly
+    show of a failure (diagnosis/NAME), which is also told."""
+    if self._watch is None:
+      self._watch = self._watch_so_far()
+    found = self._watch.update(step, metrics)
+    self._run.journal.scalars(self.name, step, {**metrics, **diagnose.logged(found)})
+    for finding in found:
+      self.tell(str(finding))
 
   def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
     """Completions, to TensorBoard and samples.jsonl."""
@@ -178,6 +186,15 @@ class Stage:
     """The figures that a finished stage left."""
     with Checkpointer(self._params_folder) as saved:
       return saved.host()["host"]
+
+  def _watch_so_far(self) -> diagnose.Watch:
+    """The watch as it was when the last of the logged rows had been written."""
+    watch = diagnose.Watch()
+    for row in self._run.journal.rows():
+      stage, step = row.pop("stage"), row.pop("step")
+      if stage == self.name:
+        watch.update(step, row)
+    return watch
 
   def close(self) -> None:
     """Waits for the checkpoint being written."""
