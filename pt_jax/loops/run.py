@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from pt_jax import checkpoint
 from pt_jax.checkpoint import Checkpointer, Restored, Tree
@@ -34,6 +35,7 @@ from pt_jax.metrics import Journal, Scalars
 LOCK = "lock"  # held while a process writes the run; the system lets go of it when the process dies
 CHECKPOINTS = "checkpoints"
 PARAMS = "params"
+HELD_OUT = "held_out"
 
 
 class Run:
@@ -157,6 +159,16 @@ class Stage:
   def histogram(self, step: int, name: str, values: Any) -> None:
     """A distribution, to TensorBoard."""
     self._run.journal.histogram(self.name, step, name, values)
+
+  def save_outputs(self, arrays: Mapping[str, np.ndarray]) -> None:
+    """The newest held-out outputs of the stage, for the report: `held_out/STAGE.npz`."""
+    if jax.process_index() == 0:
+      folder = self._run.folder / HELD_OUT
+      folder.mkdir(exist_ok=True)
+      half_written = folder / f"{self.name}.tmp"
+      with half_written.open("wb") as file:
+        np.savez(file, **arrays)  # pyrefly: ignore
+      os.replace(half_written, folder / f"{self.name}.npz")
 
   def save(self, step: int, state: Tree, host: Mapping[str, Any], local: Any = None) -> None:
     """A checkpoint of the stage and of all that was logged so far; see `Checkpointer.save`."""
