@@ -23,12 +23,18 @@ def like(x: jax.Array, other: jax.Array) -> jax.Array:
   return x if jax.typeof(x).sharding == wanted else jax.reshard(x, wanted)
 
 
-def segment_count(segment_ids: jax.Array) -> jax.Array:
-  """Number of segments in the batch, [] float32; padding is none."""
+def segment_count(segment_ids: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+  """Number of segments in the batch, [] float32; padding is none.
+
+  With `weights` [B, S], constant within a segment, the sum of the segments' weights.
+  """
   chex.assert_rank(segment_ids, 2)
   ids = whole_rows(segment_ids)
   before = jnp.concatenate([jnp.full_like(ids[:, :1], -1), ids[:, :-1]], axis=1)
-  return jnp.sum((ids >= 0) & (ids != before), dtype=jnp.float32)
+  starts = (ids >= 0) & (ids != before)
+  if weights is None:
+    return jnp.sum(starts, dtype=jnp.float32)
+  return jnp.sum(jnp.where(starts, whole_rows(weights), 0))
 
 
 @jax.jit  # traced and compiled once a shape, also where the caller is not jitted
