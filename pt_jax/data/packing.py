@@ -106,6 +106,18 @@ def one_per_row(
   return _plan(row, kept, checked, row_length, rows, rows_multiple)
 
 
+def checked_example(example: Example) -> Example:
+  """The example as arrays. Raises ValueError when it is none, or has nothing to train on."""
+  tokens, mask = map(np.asarray, example)
+  if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+    raise ValueError(f"tokens must be integers [n], got {tokens.dtype} {tokens.shape}")
+  if mask.shape != tokens.shape:
+    raise ValueError(f"{len(tokens)} tokens have a mask of shape {mask.shape}")
+  if not mask[1:].any():
+    raise ValueError("no token to train on")
+  return Example(tokens, mask)
+
+
 def lay_out(
   plan: Plan,
   values: Sequence[ArrayLike] | np.ndarray,

@@ -15,6 +15,7 @@ from pt_jax.data.packing import Example
 from pt_jax.data.sources import MemorySource
 from pt_jax.experiment import EarlyStop
 from pt_jax.loops import pipeline, supervised
+from pt_jax.loops import run as run_folder
 from pt_jax.loops.batches import data_host
 from pt_jax.loops.diagnostics import SAMPLE_METRICS
 from pt_jax.models import decoder
@@ -126,7 +127,7 @@ def test_early_stop_ends_the_stage_and_a_resume_leaves_it_ended(tmp_path, monkey
   rule = EarlyStop("loss/entropy", below=100.0, patience=3)  # always out of bounds
   experiment = tiny.experiment(tiny.stage(stop=(rule,)))
   with monkeypatch.context() as patch:  # dies between the last checkpoint and the end of the stage
-    patch.setattr(pipeline.run.Stage, "finish", die)
+    patch.setattr(run_folder.Stage, "finish", die)
     with pytest.raises(Interrupted):
       run(tmp_path, experiment)
   stopped = run(tmp_path, experiment)
