@@ -1,5 +1,4 @@
-"""Which tokens of a chat are trained: exact masks, by assistant turn or by segment of a turn, with a
-weight for each kind of segment.
+"""Which tokens of a chat are trained: exact masks, by assistant turn or by segment of a turn.
 
 Where an assistant turn stands in the text:
 

@@ -23,18 +23,23 @@ def like(x: jax.Array, other: jax.Array) -> jax.Array:
   return x if jax.typeof(x).sharding == wanted else jax.reshard(x, wanted)
 
 
+def segment_starts(segment_ids: jax.Array) -> jax.Array:
+  """[B, S] bool, the first position of each segment, laid out over the mesh as the ids are."""
+  chex.assert_rank(segment_ids, 2)
+  ids = whole_rows(segment_ids)
+  before = jnp.concatenate([jnp.full_like(ids[:, :1], -1), ids[:, :-1]], axis=1)
+  return like((ids >= 0) & (ids != before), segment_ids)
+
+
 def segment_count(segment_ids: jax.Array, weights: jax.Array | None = None) -> jax.Array:
   """Number of segments in the batch, [] float32; padding is none.
 
   With `weights` [B, S], constant within a segment, the sum of the segments' weights.
   """
-  chex.assert_rank(segment_ids, 2)
-  ids = whole_rows(segment_ids)
-  before = jnp.concatenate([jnp.full_like(ids[:, :1], -1), ids[:, :-1]], axis=1)
-  starts = (ids >= 0) & (ids != before)
+  starts = segment_starts(segment_ids)
   if weights is None:
     return jnp.sum(starts, dtype=jnp.float32)
-  return jnp.sum(jnp.where(starts, whole_rows(weights), 0))
+  return jnp.sum(jnp.where(starts, weights, 0))
 
 
 @jax.jit  # traced and compiled once a shape, also where the caller is not jitted

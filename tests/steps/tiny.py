@@ -44,7 +44,8 @@ def state():
 
 
 def fields() -> dict[str, np.ndarray]:
-  """Every field of `Batch` and `PolicyBatch`: rows of two samples and padding, with unequal lengths."""
+  """Every field of `Batch` and `PolicyBatch`: rows of two samples of unequal lengths
+  and padding."""
   rng = np.random.default_rng(0)
   shape = (ROWS, LENGTH)
   batch = {
