@@ -10,12 +10,13 @@ from typing import NamedTuple, cast
 import jax
 
 from pt_jax import sharding
-from pt_jax.experiment import Experiment, Offline, Online, Stage, Supervised
+from pt_jax.experiment import Experiment, Offline, Online, OnlinePreference, Stage, Supervised
 from pt_jax.loops import report
 from pt_jax.loops.checks import check_model, check_stage
 from pt_jax.loops.context import Context, initial_params
 from pt_jax.loops.offline import Outputs, read_outputs
 from pt_jax.loops.online import run_evaluate, run_online
+from pt_jax.loops.online_preference import run_online_preference
 from pt_jax.loops.run import Run
 from pt_jax.loops.supervised import run_supervised
 from pt_jax.models import decoder, hf
@@ -147,6 +148,8 @@ def _run_stage(stage: Stage, context: Context) -> tuple[Params, dict[str, float]
     return run_supervised(stage, context)
   if isinstance(stage, Online):
     return run_online(stage, context)
+  if isinstance(stage, OnlinePreference):
+    return run_online_preference(stage, context)
   return run_evaluate(stage, context)
 
 
