@@ -14,7 +14,8 @@ from pt_jax.experiment import Experiment, Online, Stage, Supervised
 from pt_jax.loops import report
 from pt_jax.loops.checks import check_model, check_stage
 from pt_jax.loops.context import Context, initial_params
-from pt_jax.loops.online import run_evaluate, run_online
+from pt_jax.loops.evaluation import run_evaluate
+from pt_jax.loops.online import run_online
 from pt_jax.loops.run import Run
 from pt_jax.loops.supervised import run_supervised
 from pt_jax.models import decoder, hf

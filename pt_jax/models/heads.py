@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pt_jax import weights
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
+from pt_jax.models.logprobs import shift
 from pt_jax.sharding import USE
 from pt_jax.weights import Param, Params, Table
 
@@ -40,6 +41,12 @@ def values(
   return apply_head(params, c, decoder.forward(params, c, tokens, positions, segment_ids))
 
 
-def from_decoder(params: Params, fresh: Params) -> Params:
-  """A tree of `table`: the trunk of a trained decoder under the head of freshly drawn `fresh`."""
-  return {name: fresh[name] if name == HEAD else params[name] for name in fresh}
+def before_token(values: jax.Array) -> jax.Array:
+  """[B, S] -> [B, S]: entry t is what was said after the token before t; entry 0 is 0, and so is
+  meaningless at the first token of any segment."""
+  return jnp.where(jnp.arange(values.shape[1]) == 0, 0, shift(values, 1))
+
+
+def from_decoder(params: Params, head: jax.Array) -> Params:
+  """A tree of `table`: the trunk of a trained decoder (or value model) under a head [E, D]."""
+  return {name: w for name, w in params.items() if name != "unembed"} | {HEAD: head}

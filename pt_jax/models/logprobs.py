@@ -68,13 +68,13 @@ def next_token_statistics(
   given what stands before it. Entry 0 is 0, and so is meaningless at the first token of any
   segment."""
   stats = token_statistics(
-    hidden, unembedding, _shift(tokens, -1), temperature=temperature, chunk=chunk
+    hidden, unembedding, shift(tokens, -1), temperature=temperature, chunk=chunk
   )
   first = jnp.arange(tokens.shape[1]) == 0
-  return jax.tree.map(lambda x: jnp.where(first, 0, _shift(x, 1)), stats)
+  return jax.tree.map(lambda x: jnp.where(first, 0, shift(x, 1)), stats)
 
 
-def _shift(x: jax.Array, by: int) -> jax.Array:
+def shift(x: jax.Array, by: int) -> jax.Array:
   """x [B, S] rolled along S, which is whole meanwhile (JAX does not roll a split axis)."""
   whole = jax.reshard(x, USE.spec("batch", None))
   return jax.reshard(jnp.roll(whole, by, axis=1), USE.spec("batch", "seq"))
