@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pt_jax import weights
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
-from pt_jax.models.logprobs import shift
+from pt_jax.models.vocabulary import at_next_token
 from pt_jax.sharding import USE
 from pt_jax.weights import Param, Params, Table
 
@@ -44,7 +44,7 @@ def values(
 def before_token(values: jax.Array) -> jax.Array:
   """[B, S] -> [B, S]: entry t is what was said after the token before t; entry 0 is 0, and so is
   meaningless at the first token of any segment."""
-  return jnp.where(jnp.arange(values.shape[1]) == 0, 0, shift(values, 1))
+  return at_next_token(values)
 
 
 def from_decoder(params: Params, head: jax.Array) -> Params:

@@ -1,7 +1,7 @@
 """Log-prob, entropy and most likely token from hidden states, without ever holding [B, S, V].
 
 The vocabulary is visited in chunks, forward and backward; where it is split over `tensor`, each
-shard visits its own part. N is B * S on one device, D the width, C a chunk of the vocabulary.
+shard visits its own part. Letters as in `vocabulary.py`.
 """
 
 import functools
@@ -11,19 +11,19 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from pt_jax.models import vocabulary
+from pt_jax.models.vocabulary import TENSOR
 from pt_jax.sharding import USE
-
-TENSOR = "tensor"
-BATCH_AXES = ("data", "expert", "context")  # the mesh axes that positions are split over
 
 
 @flax.struct.dataclass
 class TokenStatistics:
-  """Of the next-token distribution at each position. Gradients flow through the first two."""
+  """Of the next-token distribution at each position. Gradients flow through all but `top1`."""
 
   logprobs: jax.Array  # [B, S] float32, log-prob of the label, nats
   entropy: jax.Array  # [B, S] float32, nats
   top1: jax.Array  # [B, S] int32, the most likely token
+  logsumexp: jax.Array  # [B, S] float32, log of the sum of exp(logits / temperature)
 
 
 def token_statistics(
@@ -47,12 +47,12 @@ def token_statistics(
   def local(h: jax.Array, w: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
     shape = ids.shape
     flat = h.reshape(-1, h.shape[-1])
-    out = _statistics(flat, w, ids.reshape(-1), temperature, _divisor(w.shape[0], chunk))
+    out = _statistics(flat, w, ids.reshape(-1), temperature, vocabulary.divisor(w.shape[0], chunk))
     return tuple(x.reshape(shape) for x in out)
 
   row = USE.spec("batch", "seq")
   specs = (USE.spec("batch", "seq", "embed"), USE.spec("vocab", "embed"), row)
-  out = jax.shard_map(local, in_specs=specs, out_specs=(row,) * 3)(hidden, unembedding, labels)
+  out = jax.shard_map(local, in_specs=specs, out_specs=(row,) * 4)(hidden, unembedding, labels)
   return TokenStatistics(*out)
 
 
@@ -68,40 +68,28 @@ def next_token_statistics(
   given what stands before it. Entry 0 is 0, and so is meaningless at the first token of any
   segment."""
   stats = token_statistics(
-    hidden, unembedding, shift(tokens, -1), temperature=temperature, chunk=chunk
+    hidden, unembedding, vocabulary.shift(tokens, -1), temperature=temperature, chunk=chunk
   )
-  first = jnp.arange(tokens.shape[1]) == 0
-  return jax.tree.map(lambda x: jnp.where(first, 0, shift(x, 1)), stats)
+  return vocabulary.at_next_token(stats)
 
 
-def shift(x: jax.Array, by: int) -> jax.Array:
-  """x [B, S] rolled along S, which is whole meanwhile (JAX does not roll a split axis)."""
-  whole = jax.reshard(x, USE.spec("batch", None))
-  return jax.reshard(jnp.roll(whole, by, axis=1), USE.spec("batch", "seq"))
+def next_token_mean_logit(
+  hidden: jax.Array, unembedding: jax.Array, *, temperature: float = 1.0
+) -> jax.Array:
+  """Mean over the vocabulary of the logits / temperature that predict each token, [B, S] float32.
 
-
-def _divisor(size: int, most: int) -> int:
-  """The largest divisor of size that is at most `most`."""
-  return next(d for d in range(min(size, most), 0, -1) if size % d == 0)
+  Minus `next_token_statistics`' logsumexp it is the mean over the vocabulary of log p, which label
+  smoothing needs: hidden times the mean row of the output matrix, one row for all V of them.
+  """
+  row = unembedding.astype(jnp.float32).mean(0)
+  mean = jnp.einsum("bsd,d->bs", hidden.astype(jnp.float32), row) / temperature
+  return vocabulary.at_next_token(mean)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _statistics(h, w, labels, temperature, chunk):
-  """h [N, D], w [V/t, D], labels [N] -> logprob, entropy, top1, each [N]; inside shard_map."""
+  """h [N, D], w [V/t, D], labels [N] -> logprob, entropy, top1, lse, each [N]."""
   return _forward(h, w, labels, temperature, chunk)[0]
-
-
-def _chunks(w, chunk):
-  """The shard cut into (rows [C, D], vocabulary id of the first of them): the first chunk, and the
-  others stacked. A scan that starts from a real chunk needs no neutral element."""
-  start = jax.lax.axis_index(TENSOR) * w.shape[0]
-  parts = w.reshape(-1, chunk, w.shape[1]), start + jnp.arange(w.shape[0] // chunk) * chunk
-  return jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
-
-
-def _logits(h, rows, temperature):
-  z = jnp.einsum("nd,cd->nc", h, rows.astype(h.dtype), preferred_element_type=jnp.float32)
-  return z / temperature
 
 
 class _Partial(NamedTuple):
@@ -115,8 +103,8 @@ class _Partial(NamedTuple):
 
 
 def _measure(h, labels, temperature, part):
-  rows, first = part
-  z = _logits(h, rows, temperature)
+  (rows,), first = part
+  z = vocabulary.logits(h, rows, temperature)
   top = z.max(-1)
   p = jnp.exp(z - top[:, None])
   hit = first + jnp.arange(z.shape[1]) == labels[:, None]
@@ -139,11 +127,8 @@ def _merge(a: _Partial, b: _Partial) -> _Partial:
 
 
 def _forward(h, w, labels, temperature, chunk):
-  first, rest = _chunks(w, chunk)
-  seen = _measure(h, labels, temperature, first)
-  if w.shape[0] > chunk:
-    step = lambda seen, part: (_merge(seen, _measure(h, labels, temperature, part)), None)
-    seen, _ = jax.lax.scan(step, seen, rest)
+  measure = lambda part: _measure(h, labels, temperature, part)
+  seen = vocabulary.fold(measure, _merge, (w,), chunk)
   top = jax.lax.pmax(seen.top, TENSOR)
   scale = jnp.exp(seen.top - top)
   total, weighted, label = jax.lax.psum(
@@ -153,40 +138,24 @@ def _forward(h, w, labels, temperature, chunk):
   entropy = lse - weighted / total
   nowhere = jnp.iinfo(jnp.int32).max
   best = jax.lax.pmin(jnp.where(seen.top == top, seen.best, nowhere), TENSOR)
-  return (label - lse, entropy, best), (h, w, labels, lse, entropy)
+  return (label - lse, entropy, best, lse), (h, w, labels, lse, entropy)
 
 
 def _backward(temperature, chunk, saved, cotangents):
-  """dz = g_logprob (onehot - p) - g_entropy p (log p + entropy), chunk by chunk."""
+  """dz = g_logprob (onehot - p) - g_entropy p (log p + entropy) + g_lse p, chunk by chunk."""
   h, w, labels, lse, entropy = saved
-  g_logprob, g_entropy, _ = cotangents
+  g_logprob, g_entropy, _, g_lse = cotangents
+  through_lse = g_logprob - g_lse
 
-  def visit(part):
-    rows, first = part
-    z = _logits(h, rows, temperature)
+  def by_logits(z, part):
+    _, first = part
     p = jnp.exp(z - lse[:, None])
     hit = first + jnp.arange(z.shape[1]) == labels[:, None]
-    dz = jnp.where(hit, g_logprob[:, None], 0) - p * (
-      g_logprob[:, None] + g_entropy[:, None] * (z - lse[:, None] + entropy[:, None])
+    return jnp.where(hit, g_logprob[:, None], 0) - p * (
+      through_lse[:, None] + g_entropy[:, None] * (z - lse[:, None] + entropy[:, None])
     )
-    dz = (dz / temperature).astype(h.dtype)
-    dh = jnp.einsum("nc,cd->nd", dz, rows.astype(h.dtype), preferred_element_type=jnp.float32)
-    return dh, jnp.einsum("nc,nd->cd", dz, h, preferred_element_type=jnp.float32)
 
-  def step(dh, part):
-    more, dw = visit(part)
-    return dh + more, dw
-
-  first, rest = _chunks(w, chunk)
-  dh, dw = visit(first)
-  if w.shape[0] > chunk:
-    dh, more = jax.lax.scan(step, dh, rest)
-    dw = jnp.concatenate([dw[None], more])
-  dh = jax.lax.psum(dh, TENSOR).astype(h.dtype)
-  whole = BATCH_AXES if jax.lax.axis_size(TENSOR) > 1 else (*BATCH_AXES, TENSOR)
-  for axis in whole:  # one at a time: JAX refuses a mix of axes that dw varies over and does not
-    dw = jax.lax.psum(dw, axis)
-  return dh, dw.reshape(w.shape).astype(w.dtype), None
+  return *vocabulary.gradients(by_logits, h, (w,), temperature, chunk), None
 
 
 _statistics.defvjp(_forward, _backward)

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pt_jax.models.logprobs import next_token_statistics, token_statistics
+from pt_jax.models.logprobs import (
+  next_token_mean_logit,
+  next_token_statistics,
+  token_statistics,
+)
 
 B, S, D, V = 2, 5, 8, 48
 
@@ -22,21 +26,22 @@ def inputs(scale=1.0):
 
 
 def numpy_statistics(hidden, unembedding, labels, temperature):
-  """log softmax, -sum p log p and argmax in float64."""
+  """log softmax, -sum p log p, argmax and logsumexp in float64."""
   z = hidden.astype(np.float64) @ unembedding.astype(np.float64).T / temperature
   log_p = z - z.max(-1, keepdims=True)
   log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
   picked = np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
-  return picked, -(np.exp(log_p) * log_p).sum(-1), z.argmax(-1)
+  return picked, -(np.exp(log_p) * log_p).sum(-1), z.argmax(-1), (z - log_p)[..., 0]
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "chunk"))
 def values_and_gradients(hidden, unembedding, labels, weights, *, temperature, chunk):
-  """The statistics, and the gradients of a weighted sum of log-probs and entropies."""
+  """The statistics, and the gradients of a weighted sum of those that have one."""
 
   def total(hidden, unembedding):
     stats = token_statistics(hidden, unembedding, labels, temperature=temperature, chunk=chunk)
-    return (stats.logprobs * weights[0] + stats.entropy * weights[1]).sum(), stats
+    parts = jnp.stack([stats.logprobs, stats.entropy, stats.logsumexp])
+    return (parts * weights).sum(), stats
 
   gradients, stats = jax.grad(total, (0, 1), has_aux=True)(hidden, unembedding)
   return stats, gradients
@@ -47,9 +52,11 @@ def dense_gradients(hidden, unembedding, labels, weights, *, temperature):
   """The same by autodiff of the textbook formula."""
 
   def total(hidden, unembedding):
-    log_p = jax.nn.log_softmax(jnp.einsum("bsd,vd->bsv", hidden, unembedding) / temperature)
+    z = jnp.einsum("bsd,vd->bsv", hidden, unembedding) / temperature
+    log_p = jax.nn.log_softmax(z)
     picked = jnp.sum(jax.nn.one_hot(labels, V) * log_p, -1)
-    return (picked * weights[0] - (jnp.exp(log_p) * log_p).sum(-1) * weights[1]).sum()
+    entropy, lse = -(jnp.exp(log_p) * log_p).sum(-1), jax.nn.logsumexp(z, -1)
+    return (jnp.stack([picked, entropy, lse]) * weights).sum()
 
   return jax.grad(total, (0, 1))(hidden, unembedding)
 
@@ -58,12 +65,13 @@ def dense_gradients(hidden, unembedding, labels, weights, *, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_and_gradients(chunk, temperature):
   data = inputs()
-  weights = np.random.default_rng(1).normal(size=(2, B, S)).astype(np.float32)
+  weights = np.random.default_rng(1).normal(size=(3, B, S)).astype(np.float32)
   stats, gradients = values_and_gradients(*data, weights, temperature=temperature, chunk=chunk)
-  logprobs, entropy, top1 = numpy_statistics(*data, temperature)
+  logprobs, entropy, top1, lse = numpy_statistics(*data, temperature)
   np.testing.assert_allclose(stats.logprobs, logprobs, atol=2e-5)
   np.testing.assert_allclose(stats.entropy, entropy, atol=2e-5)
   np.testing.assert_array_equal(stats.top1, top1)
+  np.testing.assert_allclose(stats.logsumexp, lse, rtol=1e-5)
   want = dense_gradients(*data, weights, temperature=temperature)
   for a, b in zip(gradients, want):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -81,25 +89,39 @@ def test_the_first_of_equally_likely_tokens_is_the_top_one():
 def test_huge_logits_stay_finite():
   """Logits of about 1e4, whose exponential is no float32, in every chunk."""
   data = inputs(scale=3e3)
-  weights = np.ones((2, B, S), np.float32)
+  weights = np.ones((3, B, S), np.float32)
   stats, gradients = values_and_gradients(*data, weights, temperature=1.0, chunk=16)
-  logprobs, entropy, top1 = numpy_statistics(*data, 1.0)
+  logprobs, entropy, top1, lse = numpy_statistics(*data, 1.0)
   assert logprobs.min() < -1e4
   np.testing.assert_allclose(stats.logprobs, logprobs, rtol=1e-5, atol=2e-2)
   np.testing.assert_allclose(stats.entropy, entropy, atol=2e-2)
   np.testing.assert_array_equal(stats.top1, top1)
+  np.testing.assert_allclose(stats.logsumexp, lse, rtol=1e-5)
   assert all(np.isfinite(g).all() for g in gradients)
 
 
 def test_entries_speak_of_the_token_at_their_place():
   hidden, unembedding, tokens = inputs()
   stats = next_token_statistics(hidden, unembedding, tokens, chunk=16)
-  logprobs, entropy, top1 = numpy_statistics(hidden[:, :-1], unembedding, tokens[:, 1:], 1.0)
+  logprobs, entropy, top1, lse = numpy_statistics(hidden[:, :-1], unembedding, tokens[:, 1:], 1.0)
   np.testing.assert_allclose(stats.logprobs[:, 1:], logprobs, atol=2e-5)
   np.testing.assert_allclose(stats.entropy[:, 1:], entropy, atol=2e-5)
   np.testing.assert_array_equal(stats.top1[:, 1:], top1)
-  for field in (stats.logprobs, stats.entropy, stats.top1):
+  np.testing.assert_allclose(stats.logsumexp[:, 1:], lse, atol=2e-5)
+  for field in jax.tree.leaves(stats):
     assert not np.asarray(field[:, 0]).any()
+
+
+def test_mean_logit():
+  """With the logsumexp it gives the mean over the vocabulary of log p, as label smoothing reads."""
+  hidden, unembedding, tokens = inputs()
+  mean = next_token_mean_logit(hidden, unembedding, temperature=0.7)
+  stats = next_token_statistics(hidden, unembedding, tokens, temperature=0.7, chunk=16)
+  z = hidden.astype(np.float64) @ unembedding.astype(np.float64).T / 0.7
+  log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
+  got = np.asarray(mean - stats.logsumexp)
+  np.testing.assert_allclose(got[:, 1:], log_p[:, :-1].mean(-1), rtol=1e-5)
+  np.testing.assert_array_equal(got[:, 0], 0)
 
 
 def test_bfloat16_hidden_states_give_float32_statistics():
@@ -108,7 +130,7 @@ def test_bfloat16_hidden_states_give_float32_statistics():
   stats = token_statistics(half, unembedding, labels, chunk=16)
   assert stats.logprobs.dtype == stats.entropy.dtype == jnp.float32
   rounded = np.asarray(jnp.asarray(unembedding, jnp.bfloat16), np.float32)
-  want, _, _ = numpy_statistics(np.asarray(half, np.float32), rounded, labels, 1.0)
+  want, *_ = numpy_statistics(np.asarray(half, np.float32), rounded, labels, 1.0)
   np.testing.assert_allclose(stats.logprobs, want, atol=2e-4)
 
 
@@ -125,7 +147,7 @@ def shapes_of(jaxpr) -> set[tuple[int, ...]]:
 @pytest.mark.parametrize(("chunk", "whole"), [(16, False), (48, True)])
 def test_logits_of_the_whole_vocabulary_never_exist(chunk, whole):
   """Forward and backward hold B S logits of a chunk; with one chunk they do hold all of them."""
-  weights = np.ones((2, B, S), np.float32)
+  weights = np.ones((3, B, S), np.float32)
   jaxpr = jax.make_jaxpr(functools.partial(values_and_gradients, temperature=1.0, chunk=chunk))(
     *inputs(), weights
   )
