@@ -168,6 +168,7 @@ class _Loop:
       "perf/rollout_seconds": sampled - started,
     }
     self._sample(step + 1, judged)
+    figures["perf/step_seconds"] = time.perf_counter() - started
     done, stage = step + 1, self.stage
     if stage.evaluate_every and done % stage.evaluate_every == 0 and done < stage.total:
       self._flush(progress)
@@ -177,7 +178,6 @@ class _Loop:
       self._save(done)
     if done == stage.total:
       self._flush(progress)
-    figures["perf/step_seconds"] = time.perf_counter() - started
 
   def finish(self) -> dict[str, float]:
     """The last held-out evaluation."""

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from pt_jax import weights
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
-from pt_jax.models.vocabulary import at_next_token
 from pt_jax.sharding import USE
 from pt_jax.weights import Param, Params, Table
 
@@ -39,12 +38,6 @@ def values(
 ) -> jax.Array:
   """[B, S, E] float32 of packed rows [B, S]; `params` is a tree of `table(c)`."""
   return apply_head(params, c, decoder.forward(params, c, tokens, positions, segment_ids))
-
-
-def before_token(values: jax.Array) -> jax.Array:
-  """[B, S] -> [B, S]: entry t is what was said after the token before t; entry 0 is 0, and so is
-  meaningless at the first token of any segment."""
-  return at_next_token(values)
 
 
 def from_decoder(params: Params, head: jax.Array) -> Params:

@@ -13,6 +13,7 @@ from pt_jax.losses.reduce import Sum
 from pt_jax.losses.value import value_loss
 from pt_jax.models import heads
 from pt_jax.models.config import ModelConfig
+from pt_jax.models.vocabulary import at_next_token
 from pt_jax.steps.policy import filled
 from pt_jax.steps.state import TrainState, Updater, means, microbatch
 from pt_jax.weights import Params
@@ -21,7 +22,7 @@ from pt_jax.weights import Params
 def token_values(params: Params, batch: PolicyBatch, config: ModelConfig) -> jax.Array:
   """[B, S] float32, the critic's value before each token of a batch [B, S]."""
   after = heads.values(params, config, batch.tokens, batch.positions, batch.segment_ids)
-  return heads.before_token(after[..., 0])
+  return at_next_token(after[..., 0])
 
 
 def score_values(params: Params, batch: PolicyBatch, *, config: ModelConfig) -> jax.Array:

@@ -15,6 +15,7 @@ from pt_jax.models import decoder, heads
 from pt_jax.models.config import ModelConfig
 from pt_jax.models.divergence import next_token_kl
 from pt_jax.models.logprobs import TokenStatistics, next_token_statistics
+from pt_jax.models.vocabulary import at_next_token
 from pt_jax.steps.state import Max, TrainState, Updater, means, microbatch
 from pt_jax.weights import Params
 
@@ -124,7 +125,7 @@ def policy_objective(
   sums: dict[str, Sum | Max] = {f"policy/{name}": mean(value) for name, value in metrics.items()}
   sums |= {"policy/entropy": mean(stats.entropy)} | _gap(old, batch)
   if value_coefficient:
-    values = heads.before_token(heads.apply_head(params, config, hidden)[..., 0])
+    values = at_next_token(heads.apply_head(params, config, hidden)[..., 0])
     of_value, measured = value_loss(
       values, batch.returns, batch.old_values, batch.mask, clip=value_clip
     )
