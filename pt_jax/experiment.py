@@ -8,11 +8,12 @@ another run.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+from pt_jax.data.groups import Group
 from pt_jax.data.mixtures import Mixture
 from pt_jax.data.packing import Example
-from pt_jax.data.pipeline import Layout
+from pt_jax.data.pipeline import EXAMPLES, GROUPS, Form, Layout
 from pt_jax.data.sources import Source
 from pt_jax.data.tasks import Problem, Task
 from pt_jax.data.tokenizers import Tokenizer
@@ -39,10 +40,26 @@ class MeshShape:
 class SupervisedData:
   """What a supervised stage trains on, made from the tokenizer by the stage's `data` function."""
 
+  form: ClassVar[Form] = EXAMPLES
   train: Mixture
   held_out: Source
   encode: Callable[[Mapping[str, Any]], Example]  # one row to its tokens and target mask
   prompts: Sequence[Sequence[int]] = ()  # encoded prompts that periodic samples answer
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonData:
+  """What a stage that compares completions trains on, made by the stage's `data` function."""
+
+  form: ClassVar[Form] = GROUPS
+  train: Mixture
+  held_out: Source
+  encode: Callable[[Mapping[str, Any]], Group]  # one row to the completions that it compares
+  prompts: Sequence[Sequence[int]] = ()  # encoded prompts that periodic samples answer
+  slice: Callable[[Mapping[str, Any]], str] | None = None  # held-out figures are given by it, too
+
+
+OfflineData = SupervisedData | ComparisonData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +79,15 @@ class EarlyStop:
       raise ValueError(f"early stop on {self.metric}: patience must be at least 1")
 
 
-@dataclasses.dataclass(frozen=True)
-class Supervised:
-  """Supervised fine-tuning. Steps are optimizer updates."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Offline:
+  """What stages that train on given rows have in common. Steps are optimizer updates."""
 
+  leaves_policy: ClassVar[bool] = True  # whether later stages start from what it leaves
   name: str
-  data: Callable[[Tokenizer], SupervisedData]
+  data: Callable[[Tokenizer], OfflineData]
   layout: Layout  # rows per batch (all hosts) and tokens per row
   optimizer: AdamW  # its `steps` is the length of the stage
-  reduction: Reduction = "token_mean"
   microbatches: int = 1
   log_every: int = 1
   evaluate_every: int = 0  # held-out evaluation; 0: only at the end
@@ -88,6 +105,14 @@ class Supervised:
       )
     if self.sample_every and self.sampling is None:
       raise ValueError(f"stage {self.name}: sample_every needs sampling")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Supervised(Offline):
+  """Supervised fine-tuning."""
+
+  data: Callable[[Tokenizer], SupervisedData]
+  reduction: Reduction = "token_mean"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +173,7 @@ class Steps:
 class Online:
   """Reinforcement learning from rewards. A step is one batch of fresh rollouts."""
 
+  leaves_policy: ClassVar[bool] = True
   name: str
   problems: Callable[[Tokenizer], Problems]
   rewards: Callable[[], RewardStack]
@@ -228,6 +254,7 @@ class Evaluate:
   pass@1 is the mean score of the reward component named "correct".
   """
 
+  leaves_policy: ClassVar[bool] = True
   name: str
   problems: Callable[[Tokenizer], Problems]
   rewards: Callable[[], RewardStack]
@@ -242,8 +269,9 @@ Stage = Supervised | Online | Evaluate
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """A pipeline of stages. Each starts from what the latest one before it left, unless it names
-  another by `start`."""
+  """A pipeline of stages. Each starts from the policy that the latest one before it left, unless it
+  names another by `start`. (A reward model is no policy: stages behind it start from the one before
+  it.)"""
 
   name: str
   stages: tuple[Stage, ...]
@@ -261,8 +289,9 @@ class Experiment:
     if not names or len(set(names)) < len(names):
       raise ValueError(f"experiment {self.name}: stages need distinct names, found {names}")
     for i, stage in enumerate(self.stages):
-      if stage.start is not None and stage.start not in names[:i]:
+      before = [other.name for other in self.stages[:i] if other.leaves_policy]
+      if stage.start is not None and stage.start not in before:
         raise ValueError(
-          f"stage {stage.name}: start: expected a stage before it, one of {names[:i]}, found "
+          f"stage {stage.name}: start: expected a stage before it, one of {before}, found "
           f"{stage.start!r}"
         )

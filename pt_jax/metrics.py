@@ -52,9 +52,11 @@ def check_finite(metrics: Scalars, step: int) -> None:
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """The rows of a JSONL file, [] when there is none; a last line cut off by a kill is left out."""
   path = Path(path)
-  if not path.exists():
-    return []
-  lines = path.read_bytes().split(b"\n")
+  return _rows(path.read_bytes()) if path.exists() else []
+
+
+def _rows(text: bytes) -> list[dict[str, Any]]:
+  lines = text.split(b"\n")
   return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is not a line
 
 
@@ -76,6 +78,10 @@ class AppendLog:
   def write(self, data: bytes) -> None:
     """Appends in one system call, so a reader (or a kill) sees whole records."""
     self.size += self._open().write(data)
+
+  def read(self) -> bytes:
+    """What was written, without what a later write will cut off."""
+    return self.path.read_bytes()[: self.size] if self.size else b""
 
   def sync(self) -> int:
     """Makes what was written survive a power cut; returns the size in bytes."""
@@ -231,6 +237,10 @@ class Journal:
   def histogram(self, stage: str, step: int, name: str, values: Any) -> None:
     """A distribution, for TensorBoard only."""
     self.events.histogram(step, f"{stage}/{name}", values)
+
+  def rows(self) -> list[dict[str, Any]]:
+    """What `scalars` has written, with `stage` and `step`."""
+    return _rows(self._logs[METRICS].read())
 
   def state(self) -> dict[str, int]:
     """The sizes of the logs in bytes, all of it safely on disk. Store it in the checkpoint."""

@@ -10,19 +10,29 @@ its own rows. Where tokenizing is dear, encode once into ArrayRecord and let `en
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import grain
 import jax
 import numpy as np
 
-from pt_jax.data.batch import PADDING_SEGMENT, Batch
+from pt_jax.data.batch import PADDING_SEGMENT
+from pt_jax.data.groups import Group, checked_group, group_length, pack_groups
 from pt_jax.data.mixtures import Mixture
-from pt_jax.data.packing import Example, TooLong, one_per_row, pack, pack_rows
+from pt_jax.data.packing import (
+  Example,
+  Plan,
+  TooLong,
+  checked_example,
+  one_per_row,
+  pack,
+  pack_rows,
+  spread,
+)
 from pt_jax.data.sources import Row, Source
 
-Encode = Callable[[Row], Example]
+Encode = Callable[[Row], Example] | Callable[[Row], Group]
 Tree = TypeVar("Tree")
 ROW_ORDER = 1  # keeps the shuffle of a window's rows apart from other uses of the seed
 
@@ -43,6 +53,26 @@ class Layout:
     for name in ("batch_size", "row_length", "window"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """What rows are encoded to, and how that is checked, measured and laid out."""
+
+  checked: Callable[[Any], Any]  # raises ValueError for what cannot be trained on
+  length: Callable[[Any], int]  # its tokens
+  # Whether a target is left in its first n tokens; None where the rest cannot be cut off.
+  cut: Callable[[Any, int], bool] | None
+  rows: Callable[[Sequence[Any], Plan], Any]  # many of them to a batch
+
+
+EXAMPLES = Form(
+  checked_example,
+  lambda example: len(example.tokens),
+  lambda example, length: bool(example.mask[1:length].any()),
+  pack_rows,
+)
+GROUPS = Form(checked_group, group_length, None, pack_groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,26 +100,31 @@ def train_batches(
   epochs: int | None = None,
   host: Host = Host(),
   read_ahead: int = 1,
+  form: Form = EXAMPLES,
 ) -> "Batches":
   """Batches of a mixture, in its order. If it has a seed, the rows of a window are shuffled too.
 
   Args:
     mixture: the rows.
-    encode: a row to an example. A pure function; it runs in threads if `read_ahead` is not 0.
+    encode: a row to an example or group. A pure function; it runs in threads if `read_ahead` is
+      not 0.
     layout: of rows and batches.
     epochs: passes over the data; the last batch is filled up with empty rows. None is without end.
     host: which share of each batch to give.
     read_ahead: windows prepared ahead, each in its own thread; changes nothing in what comes.
+    form: of what `encode` gives: `EXAMPLES`, packed as `Batch`es, or `GROUPS`, as
+      `ComparisonBatch`es.
 
   Returns:
-    An iterable. Its iterators give `Batch`es of [B / hosts, S] NumPy arrays; see `BatchIterator`.
+    An iterable. Its iterators give batches of [B / hosts, S] NumPy arrays; see `BatchIterator`.
 
   Raises:
-    ValueError: here, for a host or number of epochs that cannot be; while iterating, for a row that
-      cannot be read or encoded, is too long or has nothing to train on, naming the row.
+    ValueError: here, for a host or number of epochs that cannot be, and for groups that would be
+      cut; while iterating, for a row that cannot be read or encoded, is too long or has nothing to
+      train on, naming the row.
   """
   host.rows(layout.batch_size)
-  return Batches(_Windows(mixture, encode, layout, epochs), host, read_ahead)
+  return Batches(_Windows(mixture, encode, layout, epochs, form), host, read_ahead)
 
 
 def eval_batches(
@@ -99,13 +134,16 @@ def eval_batches(
   *,
   host: Host = Host(),
   read_ahead: int = 0,
+  form: Form = EXAMPLES,
 ) -> "Batches":
   """One pass over a source in its own order; the last batch is filled up with empty rows.
 
   Arguments, result and errors as for `train_batches`. Iterate over the result once an evaluation.
   """
   mixture = Mixture({"eval": source}, seed=None)
-  return train_batches(mixture, encode, layout, epochs=1, host=host, read_ahead=read_ahead)
+  return train_batches(
+    mixture, encode, layout, epochs=1, host=host, read_ahead=read_ahead, form=form
+  )
 
 
 def microbatches(batch: Tree, count: int) -> Tree:
@@ -128,7 +166,8 @@ def microbatches(batch: Tree, count: int) -> Tree:
 class _Window(NamedTuple):
   """The rows of a window, and how many of its examples were left out or cut."""
 
-  rows: Batch  # [R, S]
+  rows: Any  # Batch or ComparisonBatch [R, S]
+  numbers: np.ndarray  # [R, S] int64, number of the example that has the position, -1 on padding
   dropped: int
   truncated: int
 
@@ -136,10 +175,16 @@ class _Window(NamedTuple):
 class _Windows:
   """Reads, encodes and packs the examples of one window."""
 
-  def __init__(self, mixture: Mixture, encode: Encode, layout: Layout, epochs: int | None):
+  def __init__(
+    self, mixture: Mixture, encode: Encode, layout: Layout, epochs: int | None, form: Form
+  ):
     if epochs is not None and epochs < 1:
       raise ValueError(f"epochs must be at least 1, or None for no end, got {epochs}")
-    self.mixture, self.layout, self.epochs = mixture, layout, epochs
+    if layout.too_long == "truncate" and form.cut is None:
+      raise ValueError(
+        "too_long: expected error or drop (a group of completions cannot be cut), found 'truncate'"
+      )
+    self.mixture, self.layout, self.epochs, self.form = mixture, layout, epochs, form
     self._encode = encode
     self._size = min(layout.window, len(mixture))  # a larger one would hold an example twice
     self._examples = sys.maxsize if epochs is None else epochs * len(mixture)
@@ -149,26 +194,26 @@ class _Windows:
     """Window `index` of `count`; a function of the index alone."""
     numbers, examples = self._read(index)
     plan = (pack if self.layout.packed else one_per_row)(
-      [len(example.tokens) for example in examples],
+      [self.form.length(example) for example in examples],
       self.layout.row_length,
       too_long=self.layout.too_long,
       names=lambda i: self.mixture.where(numbers[i]),
     )
-    rows = pack_rows(examples, plan)
+    rows = self.form.rows(examples, plan), spread(plan, np.array(numbers, np.int64), -1)
     if self.mixture.seed is not None:
       rng = np.random.default_rng([self.mixture.seed, ROW_ORDER, index])
       rows = _take(rows, rng.permutation(plan.rows))
     unread = min(self._size, self._examples - index * self._size) - len(examples)
-    return _Window(rows, unread + plan.dropped, plan.truncated)
+    return _Window(*rows, unread + plan.dropped, plan.truncated)
 
-  def _read(self, index: int) -> tuple[list[int], list[Example]]:
+  def _read(self, index: int) -> tuple[list[int], list[Any]]:
     """The examples of a window, without those that would have nothing to train on once cut."""
+    cut = self.form.cut if self.layout.too_long == "truncate" else None
     numbers, examples = [], []
     first = index * self._size
     for number in range(first, min(first + self._size, self._examples)):
-      example = _encoded(self.mixture, self._encode, number)
-      whole = self.layout.too_long != "truncate"
-      if whole or example.mask[1 : self.layout.row_length].any():
+      example = _encoded(self.mixture, self._encode, self.form, number)
+      if cut is None or cut(example, self.layout.row_length):
         numbers.append(number)
         examples.append(example)
     return numbers, examples
@@ -205,23 +250,28 @@ class BatchIterator(grain.DatasetIterator):
     self._number = 0  # its number
     self._row = 0  # its next row
     self._counts = {"examples": 0, "dropped": 0, "truncated": 0}
+    # [B, S] int64 of the last batch of all hosts: which example (of the mixture, from 0; of
+    # `eval_batches`, the row of the source) has the position, -1 on padding
+    self.numbers = np.zeros((0, 0), np.int64)
 
-  def __next__(self) -> Batch:
+  def __next__(self) -> Any:
     self._assert_not_closed()
     size = self._layout.batch_size
     parts, missing = [], size
     while missing and (window := self._current()) is not None:
-      parts.append(part := _take(window.rows, slice(self._row, self._row + missing)))
-      missing -= len(part.tokens)
-      self._row += len(part.tokens)
+      taken = slice(self._row, self._row + missing)
+      parts.append(part := _take((window.rows, window.numbers), taken))
+      missing -= len(part[1])
+      self._row += len(part[1])
       if self._row == len(window.rows.tokens):
         self._leave(window)
     if not parts:
       raise StopIteration
     if missing:
-      parts.append(_empty_rows(missing, self._layout.row_length))
-    batch = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    self._counts["examples"] += int((batch.segment_ids.max(axis=1) + 1).sum())
+      parts.append(_empty_rows(parts[0], missing))
+    batch, self.numbers = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    ids = getattr(batch, "group_ids", batch.segment_ids)
+    self._counts["examples"] += int((ids.max(axis=1) + 1).sum())
     return _take(batch, self._host.rows(size))
 
   @property
@@ -274,30 +324,23 @@ class BatchIterator(grain.DatasetIterator):
     self._window, self._number, self._row = None, self._number + 1, 0
 
 
-def _encoded(mixture: Mixture, encode: Encode, number: int) -> Example:
-  """Example `number` of the mixture; errors name its row."""
+def _encoded(mixture: Mixture, encode: Encode, form: Form, number: int) -> Any:
+  """Example or group `number` of the mixture; errors name its row."""
   row = mixture[number]  # names the row itself if it cannot be read
   try:
-    tokens, mask = map(np.asarray, encode(row))
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-      raise ValueError(f"tokens must be integers [n], got {tokens.dtype} {tokens.shape}")
-    if mask.shape != tokens.shape:
-      raise ValueError(f"{len(tokens)} tokens have a mask of shape {mask.shape}")
-    if not mask[1:].any():
-      raise ValueError("no token to train on")
+    return form.checked(encode(row))
   except Exception as error:
     reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     raise ValueError(f"{mixture.where(number)}: {reason}") from error
-  return Example(tokens, mask)
 
 
-def _take(batch: Batch, rows: slice | np.ndarray) -> Batch:
+def _take(batch: Tree, rows: slice | np.ndarray) -> Tree:
   return jax.tree.map(lambda x: x[rows], batch)
 
 
-def _empty_rows(rows: int, row_length: int) -> Batch:
-  """Rows that hold padding alone."""
-  zeros = np.zeros((rows, row_length), np.int32)
-  padding = np.full_like(zeros, PADDING_SEGMENT)
-  arrays: Any = (zeros, zeros, padding, np.zeros_like(zeros, np.float32))
-  return Batch(*arrays)
+def _empty_rows(like: tuple[Any, np.ndarray], rows: int) -> tuple[Any, np.ndarray]:
+  """Rows that hold padding alone, for (a batch, its numbers)."""
+  batch, numbers = jax.tree.map(lambda x: np.zeros((rows, *x.shape[1:]), x.dtype), like)
+  ids = [name for name in ("segment_ids", "group_ids") if hasattr(batch, name)]
+  padding = np.full_like(batch.segment_ids, PADDING_SEGMENT)
+  return batch.replace(**dict.fromkeys(ids, padding)), numbers - 1

@@ -5,8 +5,7 @@ import numpy as np
 
 from pt_jax import sharding
 from pt_jax.data import pipeline
-from pt_jax.data.batch import Batch
-from pt_jax.data.pipeline import Host
+from pt_jax.data.pipeline import Host, Tree
 
 
 def data_host(mesh: jax.sharding.Mesh) -> Host:
@@ -25,7 +24,7 @@ def data_host(mesh: jax.sharding.Mesh) -> Host:
   return Host(rows[0] // count, parts // count)
 
 
-def global_batch(batch: Batch, mesh: jax.sharding.Mesh, leading: int = 0) -> Batch:
+def global_batch(batch: Tree, mesh: jax.sharding.Mesh, leading: int = 0) -> Tree:
   """This process's rows [..., B / hosts, S], behind `leading` axes, as part of the global batch."""
   where = jax.NamedSharding(mesh, sharding.batch_spec(leading))
   hosts = data_host(mesh).count
@@ -37,6 +36,6 @@ def global_batch(batch: Batch, mesh: jax.sharding.Mesh, leading: int = 0) -> Bat
   return jax.tree.map(place, batch)
 
 
-def device_batch(batch: Batch, microbatches: int, mesh: jax.sharding.Mesh) -> Batch:
+def device_batch(batch: Tree, microbatches: int, mesh: jax.sharding.Mesh) -> Tree:
   """This process's rows [B / hosts, S] as part of the global [A, B / A, S]."""
   return global_batch(pipeline.microbatches(batch, microbatches), mesh, leading=1)

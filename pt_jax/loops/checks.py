@@ -5,6 +5,7 @@ once. Rows further on are checked when they are read; the prompts of problems ar
 since one that leaves no room for an answer would otherwise end a run in its middle.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 
@@ -14,7 +15,7 @@ from pt_jax import sharding, weights
 from pt_jax.data import pipeline
 from pt_jax.data.sources import Source, Subset
 from pt_jax.data.tokenizers import Tokenizer
-from pt_jax.experiment import Evaluate, Online, Supervised
+from pt_jax.experiment import EarlyStop, Evaluate, Offline, Online, Stage, Supervised
 from pt_jax.loops import supervised
 from pt_jax.loops.context import in_stage
 from pt_jax.loops.diagnostics import SAMPLE_METRICS
@@ -42,7 +43,7 @@ def check_model(
 
 
 def check_stage(
-  stage: Supervised | Online | Evaluate,
+  stage: Stage,
   config: ModelConfig,
   table: Table,
   tokenizer: Tokenizer,
@@ -50,9 +51,9 @@ def check_stage(
 ) -> None:
   """Raises ValueError naming the stage and what of it cannot run."""
   with in_stage(stage.name):
-    if isinstance(stage, Supervised):
+    if isinstance(stage, Offline):
       stage.optimizer.transform(table)
-      _check_supervised(stage, config, tokenizer, mesh)
+      _check_offline(stage, config, tokenizer, mesh)
     else:
       if isinstance(stage, Online):
         stage.optimizer.transform(table)
@@ -60,26 +61,35 @@ def check_stage(
       _check_problems(stage, tokenizer, config, mesh)
 
 
-def _check_supervised(
-  stage: Supervised, config: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+def _check_offline(
+  stage: Offline, config: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> None:
   rows = stage.layout.batch_size // stage.microbatches
   _check_rows(rows, stage.layout.row_length, config, mesh)
-  logged = set(supervised.METRICS) | set(supervised.EVALUATION_METRICS)
-  logged |= set(SAMPLE_METRICS if stage.sample_every else ())
-  for rule in stage.stop:
-    if rule.metric not in logged:
-      names = ", ".join(sorted(logged))
-      raise ValueError(f"early stop: expected a metric among {names}, found {rule.metric!r}")
+  _check_stop(stage.stop, _logged(stage))
   data = stage.data(tokenizer)
   for source in (*data.train.sources.values(), data.held_out):
-    _check_first_row(source, data.encode, stage.layout)
+    _check_first_row(source, data.encode, stage.layout, data.form)
   if stage.sample_every:
-    assert stage.sampling is not None  # see `Supervised`
+    assert stage.sampling is not None  # see `Offline`
     if not data.prompts:
       raise ValueError("sample_every: expected data with prompts, found none")
     named = ((f"prompt {i}", prompt) for i, prompt in enumerate(data.prompts))
     _check_prompts(named, config.max_length, stage.sampling.max_tokens)
+
+
+def _logged(stage: Offline) -> set[str]:
+  """The metrics that a stage logs, those under names of its data apart."""
+  assert isinstance(stage, Supervised)
+  names = supervised.METRICS + supervised.EVALUATION_METRICS
+  return {*names, *(SAMPLE_METRICS if stage.sample_every else ())}
+
+
+def _check_stop(rules: Iterable[EarlyStop], logged: set[str]) -> None:
+  for rule in rules:
+    if rule.metric not in logged:
+      names = ", ".join(sorted(logged))
+      raise ValueError(f"early stop: expected a metric among {names}, found {rule.metric!r}")
 
 
 def _check_rows(rows: int, length: int, config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
@@ -90,13 +100,15 @@ def _check_rows(rows: int, length: int, config: ModelConfig, mesh: jax.sharding.
     )
 
 
-def _check_first_row(source: Source, encode: pipeline.Encode, layout: pipeline.Layout) -> None:
+def _check_first_row(
+  source: Source, encode: pipeline.Encode, layout: pipeline.Layout, form: pipeline.Form
+) -> None:
   """The first row can be encoded, and fits where a longer one would be an error."""
   length = layout.row_length
   if layout.too_long != "error":
-    length = max(length, len(encode(source[0]).tokens))
-  one = pipeline.Layout(batch_size=1, row_length=length)
-  next(iter(pipeline.eval_batches(Subset(source, [0]), encode, one)))
+    length = max(length, form.length(encode(source[0])))
+  one = dataclasses.replace(layout, batch_size=1, row_length=length)
+  next(iter(pipeline.eval_batches(Subset(source, [0]), encode, one, form=form)))
 
 
 def _check_prompts(

@@ -10,11 +10,12 @@ from typing import NamedTuple, cast
 import jax
 
 from pt_jax import sharding
-from pt_jax.experiment import Experiment, Online, Stage, Supervised
+from pt_jax.experiment import Experiment, Offline, Online, Stage, Supervised
 from pt_jax.loops import report
 from pt_jax.loops.checks import check_model, check_stage
 from pt_jax.loops.context import Context, initial_params
 from pt_jax.loops.evaluation import run_evaluate
+from pt_jax.loops.offline import Outputs, read_outputs
 from pt_jax.loops.online import run_online
 from pt_jax.loops.run import Run
 from pt_jax.loops.supervised import run_supervised
@@ -32,6 +33,8 @@ PICTURES = (
 )
 
 
+# Pictures of what a kind of stage kept of its last held-out evaluation: (stage's name, outputs) ->
+PICTURED: dict[type[Offline], Callable[[str, Outputs], list[report.Drawn]]] = {}
 Results = dict[str, dict[str, float]]  # stage name -> its figures
 
 
@@ -84,7 +87,8 @@ def run_experiment(
       params, results = _run_stages(opened, stages, context, loaded)
       if jax.process_index() == 0:
         rows = results_table(results)
-        report.write_report(opened.folder, f"{experiment.name} {id}", rows, PICTURES)
+        title, drawn = f"{experiment.name} {id}", _drawn(stages, opened.folder)
+        report.write_report(opened.folder, title, rows, PICTURES, drawn)
   return Finished(opened.folder, results, params)
 
 
@@ -97,6 +101,15 @@ def results_table(results: Results) -> list[dict[str, str | float | None]]:
   ]
 
 
+def _drawn(stages: Sequence[Stage], folder: Path) -> list[report.Drawn]:
+  pictures: list[report.Drawn] = []
+  for stage in stages:
+    outputs = read_outputs(folder, stage.name)
+    if outputs is not None and isinstance(stage, tuple(PICTURED)):
+      pictures += PICTURED[type(stage)](stage.name, outputs)
+  return pictures
+
+
 def _run_stages(
   opened: Run, stages: Sequence[Stage], context: Callable[..., Context], loaded: Params | None
 ) -> tuple[Params, Results]:
@@ -104,25 +117,30 @@ def _run_stages(
   results: Results = {}
   saved = lambda name, like: opened.stage(name).params(like)
   context = functools.partial(context, saved=saved)
-  last, params = None, loaded  # the stage that left the policy, and the policy if it is in memory
+  last, policy = None, loaded  # the stage that left the policy, and the policy if it is in memory
   for stage in stages:
-    handle = opened.stage(stage.name)
+    handle, left = opened.stage(stage.name), None
     if not handle.finished:
-      given = context(stage=handle, params=None)
-      start = stage.start or last
-      if params is None or start != last:
-        params = given.left_by(start, given.table) if start else initial_params(given)
-      given = dataclasses.replace(given, params=params)
-      params, results[stage.name] = _run_stage(stage, given)
-      handle.finish(params, results[stage.name])
+      begin = _policy_of(stage.start or last, last, policy, context(stage=handle, params=None))
+      given = context(stage=handle, params=begin)
+      left, results[stage.name] = _run_stage(stage, given)
+      handle.finish(left, results[stage.name])
     else:
-      params, results[stage.name] = None, handle.results()
-    last = stage.name
-  if params is None:
-    assert last is not None  # there is at least one stage
-    given = context(stage=opened.stage(last), params=None)
-    params = given.left_by(last, given.table)
-  return params, results
+      results[stage.name] = handle.results()
+    if stage.leaves_policy:
+      last, policy = stage.name, left
+  given = context(stage=opened.stage(stages[-1].name), params=None)
+  return _policy_of(last, last, policy, given), results
+
+
+def _policy_of(
+  stage: str | None, last: str | None, policy: Params | None, context: Context
+) -> Params:
+  """What `stage` left (None: what there was before the first): `policy` if that is what `last`
+  left and it is still in memory, else read from the run or drawn anew."""
+  if policy is not None and stage == last:
+    return policy
+  return context.left_by(stage, context.table) if stage else initial_params(context)
 
 
 def _run_stage(stage: Stage, context: Context) -> tuple[Params, dict[str, float]]:
@@ -135,6 +153,6 @@ def _run_stage(stage: Stage, context: Context) -> tuple[Params, dict[str, float]
 
 def _opened_once(stage: Stage) -> Stage:
   """The stage with its data function remembering what it opened: checks and loop share it."""
-  if isinstance(stage, Supervised):
+  if isinstance(stage, Offline):
     return dataclasses.replace(stage, data=functools.cache(stage.data))
   return dataclasses.replace(stage, problems=functools.cache(stage.problems))

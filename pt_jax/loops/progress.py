@@ -101,6 +101,14 @@ class Progress:
       facts = self._facts(metrics)
       print(f"{self._label} {step}/{self._total} {facts}", file=self._stream, flush=True)
 
+  def tell(self, line: str) -> None:
+    """Says something once, in a line of its own that stays: above the bar on a terminal."""
+    text = f"{self._label}: {line}"
+    if self._bar is not None:
+      self._bar.console.print(text, style="bold yellow", markup=False, highlight=False)
+    elif self._shown:
+      print(text, file=self._stream, flush=True)
+
   def _line_is_due(self) -> bool:
     waited = self._clock() - self._last_line >= SECONDS_BETWEEN_LINES
     return waited or self._step == self._total

@@ -13,13 +13,14 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pt_jax.loops.diagnose import diagnose
 from pt_jax.loops.record import CONFIG, read_config
 from pt_jax.metrics import (
   EVENTS,
@@ -57,6 +58,14 @@ class Picture:
   shared_y: bool = False  # whether stages have one scale
 
 
+class Drawn(NamedTuple):
+  """A figure that is not of logged metrics, saved as NAME.png."""
+
+  name: str
+  title: str
+  figure: Figure
+
+
 PICTURES = (
   Picture("loss", "Loss", "loss", ("loss", "*/nats_per_token", "eval/loss")),
   Picture(
@@ -83,6 +92,7 @@ def write_report(
   title: str,
   rows: Sequence[Mapping[str, Cell]],
   pictures: Sequence[Picture] = PICTURES,
+  drawn: Sequence[Drawn] = (),
 ) -> Path:
   """Writes report.md and its pictures into a run folder.
 
@@ -91,16 +101,18 @@ def write_report(
     title: first line.
     rows: of the table of results; a column for each key.
     pictures: to draw, in this order.
+    drawn: figures that stand behind them.
 
   Returns the path of the report.
   """
   folder = Path(folder)
   curves = read_curves(folder)
-  parts = [f"# {title}", _provenance(folder), markdown_table(rows), CAPTION]
-  for picture in pictures:
-    if figure := draw(picture, curves):
-      figure.savefig(folder / f"{picture.name}.png")
-      parts += [f"## {picture.title}", f"![{picture.title}]({picture.name}.png)"]
+  parts = [f"# {title}", _provenance(folder), markdown_table(rows), CAPTION, *_diagnosis(curves)]
+  figures = [(p.name, p.title, draw(p, curves)) for p in pictures]
+  for name, heading, figure in (*figures, *drawn):
+    if figure is not None:
+      figure.savefig(folder / f"{name}.png")
+      parts += [f"## {heading}", f"![{heading}]({name}.png)"]
   parts += _samples(read_jsonl(folder / SAMPLES))
   config = [{"argument": k, "value": json.dumps(v)} for k, v in read_config(folder).items()]
   parts += ["## Configuration", markdown_table(config)]
@@ -307,6 +319,13 @@ def _provenance(folder: Path) -> str:
   devices = f"{here['devices']} x {here['device']}"
   run = f"{folder.parent.name}/{folder.name}"
   return f"`{run}` · {commit} · jax {here['versions']['jax']} · {devices}"
+
+
+def _diagnosis(curves: Curves) -> list[str]:
+  """A section with what the logs show of failures, or that they show none."""
+  found = [(stage, finding) for stage, curve in curves.items() for finding in diagnose(curve)]
+  rows = [{"stage": stage, **dataclasses.asdict(finding)} for stage, finding in found]
+  return ["## Diagnosis", markdown_table(rows) or "Nothing found."]
 
 
 def _samples(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -19,21 +19,23 @@ Only process 0 of a pod writes; all of them call the same things. No absolute pa
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from pt_jax import checkpoint
 from pt_jax.checkpoint import Checkpointer, Restored, Tree
-from pt_jax.loops import record
+from pt_jax.loops import diagnose, record
 from pt_jax.loops.record import CONFIG
 from pt_jax.metrics import Journal, Scalars
 
 LOCK = "lock"  # held while a process writes the run; the system lets go of it when the process dies
 CHECKPOINTS = "checkpoints"
 PARAMS = "params"
+HELD_OUT = "held_out"
 
 
 class Run:
@@ -128,7 +130,9 @@ class Stage:
   def __init__(self, run: Run, name: str, keep: int):
     """Use `Run.stage`."""
     self.name = name
+    self.tell: Callable[[str], None] = lambda line: None  # what a new finding is shown by
     self._run = run
+    self._watch: diagnose.Watch | None = None
     self._params_folder = run.folder / PARAMS / name
     self._checkpoints = Checkpointer(run.folder / CHECKPOINTS / name, keep=keep)
 
@@ -139,8 +143,14 @@ class Stage:
       return saved.latest_step() is not None
 
   def log(self, step: int, metrics: Scalars) -> None:
-    """Scalars of one step, to TensorBoard (as STAGE/NAME) and metrics.jsonl."""
-    self._run.journal.scalars(self.name, step, metrics)
+    """Scalars of one step, to TensorBoard (as STAGE/NAME) and metrics.jsonl, with what they newly
+    show of a failure (diagnosis/NAME), which is also told."""
+    if self._watch is None:
+      self._watch = self._watch_so_far()
+    found = self._watch.update(step, metrics)
+    self._run.journal.scalars(self.name, step, {**metrics, **diagnose.logged(found)})
+    for finding in found:
+      self.tell(str(finding))
 
   def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
     """Completions, to TensorBoard and samples.jsonl."""
@@ -149,6 +159,16 @@ class Stage:
   def histogram(self, step: int, name: str, values: Any) -> None:
     """A distribution, to TensorBoard."""
     self._run.journal.histogram(self.name, step, name, values)
+
+  def save_outputs(self, arrays: Mapping[str, np.ndarray]) -> None:
+    """The newest held-out outputs of the stage, for the report: `held_out/STAGE.npz`."""
+    if jax.process_index() == 0:
+      folder = self._run.folder / HELD_OUT
+      folder.mkdir(exist_ok=True)
+      half_written = folder / f"{self.name}.tmp"
+      with half_written.open("wb") as file:
+        np.savez(file, **arrays)  # pyrefly: ignore
+      os.replace(half_written, folder / f"{self.name}.npz")
 
   def save(self, step: int, state: Tree, host: Mapping[str, Any], local: Any = None) -> None:
     """A checkpoint of the stage and of all that was logged so far; see `Checkpointer.save`."""
@@ -178,6 +198,15 @@ class Stage:
     """The figures that a finished stage left."""
     with Checkpointer(self._params_folder) as saved:
       return saved.host()["host"]
+
+  def _watch_so_far(self) -> diagnose.Watch:
+    """The watch as it was when the last of the logged rows had been written."""
+    watch = diagnose.Watch()
+    for row in self._run.journal.rows():
+      stage, step = row.pop("stage"), row.pop("step")
+      if stage == self.name:
+        watch.update(step, row)
+    return watch
 
   def close(self) -> None:
     """Waits for the checkpoint being written."""

@@ -23,12 +23,23 @@ def like(x: jax.Array, other: jax.Array) -> jax.Array:
   return x if jax.typeof(x).sharding == wanted else jax.reshard(x, wanted)
 
 
-def segment_count(segment_ids: jax.Array) -> jax.Array:
-  """Number of segments in the batch, [] float32; padding is none."""
+def segment_starts(segment_ids: jax.Array) -> jax.Array:
+  """[B, S] bool, the first position of each segment, laid out over the mesh as the ids are."""
   chex.assert_rank(segment_ids, 2)
   ids = whole_rows(segment_ids)
   before = jnp.concatenate([jnp.full_like(ids[:, :1], -1), ids[:, :-1]], axis=1)
-  return jnp.sum((ids >= 0) & (ids != before), dtype=jnp.float32)
+  return like((ids >= 0) & (ids != before), segment_ids)
+
+
+def segment_count(segment_ids: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+  """Number of segments in the batch, [] float32; padding is none.
+
+  With `weights` [B, S], constant within a segment, the sum of the segments' weights.
+  """
+  starts = segment_starts(segment_ids)
+  if weights is None:
+    return jnp.sum(starts, dtype=jnp.float32)
+  return jnp.sum(jnp.where(starts, weights, 0))
 
 
 @jax.jit  # traced and compiled once a shape, also where the caller is not jitted
@@ -63,3 +74,47 @@ def segment_sum(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
   shifts = 2 ** jnp.arange((length - 1).bit_length())
   (until, since), _ = jax.lax.scan(double, (row_values, row_values), shifts)
   return like(jnp.where(ids >= 0, until + since - row_values, 0), values)
+
+
+def segment_ends(segment_ids: jax.Array) -> jax.Array:
+  """[B, S] bool, the last position of every segment of `segment_ids` [B, S]; padding has none."""
+  chex.assert_rank(segment_ids, 2)
+  ids = whole_rows(segment_ids)
+  behind = jnp.concatenate([ids[:, 1:], jnp.full_like(ids[:, :1], -1)], axis=1)
+  return like((ids >= 0) & (ids != behind), segment_ids)
+
+
+@jax.jit
+def segment_suffix_logsumexp(
+  values: jax.Array, held: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+  """log sum_{j >= t} exp(values_j) over the held positions j of the segment of each position t.
+
+  The doubling of `segment_sum`, with a stable sum of exponentials: values may be of any size, and
+  any distance apart.
+
+  Args:
+    values: [B, S] float; read where `held`.
+    held: [B, S] bool.
+    segment_ids: [B, S] int, -1 on padding; the segments of a row have different numbers.
+
+  Returns:
+    [B, S], 0 on padding and where nothing is held from there on, laid out over the mesh as `values`
+    is. Differentiable in `values`.
+  """
+  chex.assert_rank([values, held, segment_ids], 2)
+  chex.assert_equal_shape([values, held, segment_ids])
+  nothing = jnp.asarray(-1e30, values.dtype)  # -inf has no gradient in a sum with another -inf
+  ids = whole_rows(segment_ids)
+  kept = whole_rows(held) & (ids >= 0)
+  length = ids.shape[1]
+  position = jnp.arange(length)
+
+  def double(since, shift):
+    later = (jnp.roll(ids, -shift, 1) == ids) & (position < length - shift)
+    ahead = jnp.where(later, jnp.roll(since, -shift, 1), nothing)
+    return jnp.logaddexp(since, ahead), None
+
+  shifts = 2 ** jnp.arange((length - 1).bit_length())
+  since, _ = jax.lax.scan(double, jnp.where(kept, whole_rows(values), nothing), shifts)
+  return like(jnp.where(since > nothing / 2, since, 0), values)

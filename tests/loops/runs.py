@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from pt_jax import metrics
-from pt_jax.loops import pipeline, supervised
+from pt_jax.loops import offline, pipeline
 
 
 class Interrupted(Exception):
@@ -19,16 +19,16 @@ def run(folder, experiment, id="0"):
 
 
 def interrupted_at(step, monkeypatch):
-  """Makes the supervised loop crash where it would dispatch its `step`-th update from now."""
+  """Makes the offline loop crash where it would dispatch its `step`-th update from now."""
   calls = iter(range(1, 1000))
-  real = supervised.device_batch
+  real = offline.device_batch
 
   def device_batch(*args):
     if next(calls) == step:
       raise Interrupted
     return real(*args)
 
-  monkeypatch.setattr(supervised, "device_batch", device_batch)
+  monkeypatch.setattr(offline, "device_batch", device_batch)
 
 
 def logged(folder):

@@ -4,11 +4,15 @@ import dataclasses
 import json
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pt_jax import metrics
 from pt_jax.loops import diagnose as diagnosis
+from pt_jax.loops import report
 from pt_jax.loops.diagnose import RULES, Rule, Watch, diagnose
+from pt_jax.loops.run import Run
 
 STEPS = 40
 
@@ -290,3 +294,51 @@ def test_what_a_finding_is_logged_as():
   (finding,) = diagnose(FAILURES["reward lost"][1])
   assert diagnosis.logged([finding]) == {"diagnosis/reward_collapse": 1.0}
   assert Watch().update(1, {"diagnosis/reward_collapse": float("nan")}) == []
+
+
+def train(folder, steps, *, save_at=None):
+  """A run that logs a reward that collapses behind step 20, from where its checkpoint is; what was
+  told, and the folder."""
+  told = []
+  with Run.open(folder, "made", "0", {}) as run:
+    stage = run.stage("rl")
+    stage.tell = told.append
+    state = {"x": jnp.zeros(1)}
+    saved = stage.restore(state)
+    for step in range(saved.step + 1 if saved else 1, steps + 1):
+      stage.log(step, {"reward": 0.8 if step <= 20 else 0.1, "length/mean": 10})
+      if step == save_at:
+        stage.save(step, state, {})
+  return told, run.folder
+
+
+def test_within_a_run_a_finding_is_told_and_logged_once(tmp_path):
+  told, folder = train(tmp_path, 40)
+  (line,) = told
+  assert line.startswith("step 27: reward_collapse: reward 0.8") and "\n" not in line
+  rows = metrics.read_jsonl(folder / "metrics.jsonl")
+  assert [r["step"] for r in rows if "diagnosis/reward_collapse" in r] == [27]
+  events = (folder / metrics.EVENTS).read_bytes()
+  assert events.count(b"rl/diagnosis/reward_collapse") == 1
+  (finding,) = diagnose(report.read_curves(folder)["rl"])
+  assert str(finding) == line
+
+
+@pytest.mark.parametrize("save_at, killed_at", [(22, 25), (22, 30), (26, 26), (28, 33)])
+def test_a_resumed_run_has_the_findings_of_one_that_was_not_killed(tmp_path, save_at, killed_at):
+  _, whole = train(tmp_path / "whole", 40)
+  first, _ = train(tmp_path / "killed", killed_at, save_at=save_at)
+  second, folder = train(tmp_path / "killed", 40)
+  name = "metrics.jsonl"
+  assert (folder / name).read_bytes() == (whole / name).read_bytes()
+  assert len(first) == (killed_at >= 27) and len(second) == (save_at < 27)
+
+
+def test_the_report_has_what_was_found_or_that_nothing_was(tmp_path):
+  _, folder = train(tmp_path, 40)
+  text = report.write_report(folder, "A run", [], ()).read_text()
+  section = text.split("## Diagnosis")[1].split("##")[0]
+  row = "| rl | reward_collapse | 27 | reward 0.8 (step 5) -> 0.1 (steps 23-27) | go back to the"
+  assert row in section
+  _, folder = train(tmp_path / "short", 20)
+  assert "## Diagnosis\n\nNothing found.\n" in report.write_report(folder, "B", [], ()).read_text()

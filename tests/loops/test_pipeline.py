@@ -1,11 +1,13 @@
 """Experiments of several stages: each starts from what the one before left, crash or not."""
 
+import dataclasses
 import json
 
 import jax
 import pytest
 
 from pt_jax import metrics, sharding
+from pt_jax.experiment import Supervised
 from pt_jax.loops import pipeline
 from pt_jax.models import hf
 from tests.loops import tiny
@@ -93,3 +95,31 @@ def test_an_unknown_start_is_named():
   message = r"stage sft: start: expected a stage before it, one of \[\], found 'x'"
   with pytest.raises(ValueError, match=message):
     tiny.experiment(tiny.stage(start="x"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Aside(Supervised):
+  """A stage that leaves something else than a policy, as a reward model is."""
+
+  leaves_policy = False
+
+
+def test_no_stage_starts_from_one_that_leaves_no_policy(tmp_path):
+  first, third = tiny.stage(name="first"), tiny.stage(name="third", sample_every=0)
+  aside = Aside(**{f.name: getattr(first, f.name) for f in dataclasses.fields(first)})
+  aside = dataclasses.replace(aside, name="second")
+  finished = run(tmp_path, tiny.experiment(first, aside, third))
+  assert finished.results["second"] != finished.results["first"]
+  assert (
+    evaluations(finished.folder, "third")[0]
+    == evaluations(finished.folder, "second")[0]
+    == evaluations(finished.folder, "first")[-1]
+  )
+  ended = run(tmp_path, tiny.experiment(first, aside), id="1")
+  assert ended.results == {name: finished.results[name] for name in ("first", "second")}
+  run(tmp_path, tiny.experiment(first), id="2")
+  again = run(tmp_path, tiny.experiment(first), id="2")
+  assert bits(ended.params) == bits(again.params)
+  message = r"stage third: start: expected a stage before it, one of \['first'\], found 'second'"
+  with pytest.raises(ValueError, match=message):
+    tiny.experiment(first, aside, dataclasses.replace(third, start="second"))

@@ -53,11 +53,27 @@ def test_a_bar_on_a_terminal():
   assert shown.count("\n") <= 2  # redrawn in place, not a line a step
 
 
+def test_what_is_told_stays_in_a_line_of_its_own():
+  stream = io.StringIO()
+  with Progress("rl", 9, stream=stream, clock=Clock()) as progress:
+    progress.update(1, tokens=1)
+    progress.tell("step 2: [bad]")  # not only when a line is due
+  assert stream.getvalue().splitlines()[-1] == "rl: step 2: [bad]"
+  terminal = Terminal()
+  with Progress("rl", 9, stream=terminal) as progress:
+    progress.update(1, tokens=1)
+    progress.tell("step 2: [bad]")
+    progress.update(2, tokens=1)
+  shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+  assert "rl: step 2: [bad]" in shown and "2/9" in shown.split("rl: step 2")[1]
+
+
 def test_other_processes_are_silent(monkeypatch):
   monkeypatch.setattr("jax.process_index", lambda: 1)
   for stream in (io.StringIO(), Terminal()):
     with Progress("sft", 1, stream=stream) as progress:
       progress.update(1, tokens=1, loss=1.0)
+      progress.tell("step 1")
     assert stream.getvalue() == ""
 
 

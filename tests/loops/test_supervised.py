@@ -15,6 +15,7 @@ from pt_jax.data.packing import Example
 from pt_jax.data.sources import MemorySource
 from pt_jax.experiment import EarlyStop
 from pt_jax.loops import pipeline, supervised
+from pt_jax.loops import run as run_folder
 from pt_jax.loops.batches import data_host
 from pt_jax.loops.diagnostics import SAMPLE_METRICS
 from pt_jax.models import decoder
@@ -73,7 +74,7 @@ def test_the_held_out_loss_is_the_mean_over_all_held_out_tokens(whole, one_devic
   forward = jax.jit(functools.partial(decoder.forward, c=tiny.MODEL))
   nats, right, entropy, count = 0.0, 0, 0.0, 0
   for row in tiny.words(20, 2):
-    tokens, mask = tiny.encode(row)
+    tokens, mask, _ = tiny.encode(row)
     padded = np.zeros((1, 32), np.int32)
     padded[0, : len(tokens)] = tokens
     segments = np.where(np.arange(32) < len(tokens), 0, -1)[None]
@@ -126,7 +127,7 @@ def test_early_stop_ends_the_stage_and_a_resume_leaves_it_ended(tmp_path, monkey
   rule = EarlyStop("loss/entropy", below=100.0, patience=3)  # always out of bounds
   experiment = tiny.experiment(tiny.stage(stop=(rule,)))
   with monkeypatch.context() as patch:  # dies between the last checkpoint and the end of the stage
-    patch.setattr(pipeline.run.Stage, "finish", die)
+    patch.setattr(run_folder.Stage, "finish", die)
     with pytest.raises(Interrupted):
       run(tmp_path, experiment)
   stopped = run(tmp_path, experiment)
@@ -144,7 +145,7 @@ def die(*_):
 
 def poisoned(row, after):
   """The loss of words from number `after` on is NaN."""
-  tokens, mask = tiny.encode(row)
+  tokens, mask, _ = tiny.encode(row)
   return Example(tokens, mask * (np.nan if row["number"] >= after else 1))
 
 
