@@ -25,8 +25,9 @@ from pt_jax.loops import pairs
 from pt_jax.loops.context import Context, in_stage
 from pt_jax.loops.evaluation import evaluate, new_engine
 from pt_jax.loops.offline import due
-from pt_jax.loops.online import HISTOGRAMS_EVERY, Prompts
+from pt_jax.loops.online import HISTOGRAMS_EVERY
 from pt_jax.loops.progress import Progress
+from pt_jax.loops.prompts import Prompts
 from pt_jax.loops.rollouts import Judged, concatenate, generate_and_judge, rollout_metrics
 from pt_jax.losses.mismatch import logprob_gap
 from pt_jax.metrics import check_finite
@@ -107,8 +108,9 @@ class _Loop:
     )
     self.state, saved = context.start(creator)
     self.start = saved.step if saved else 0
-    self.prompts.drawn = saved.host["drawn"] if saved else 0
     self.version = saved.host["version"] if saved else 0  # steps behind the weights that sample
+    if saved:
+      self.prompts.set_state(saved.host["prompts"])
     room = stage.row_length // stage.completions_per_group
     self.engine = new_engine(context, self._behaviour, stage.slots, room, version=self.version)
     self._compile(updater)
@@ -155,7 +157,7 @@ class _Loop:
       self._evaluate(step + 1)
     if due(step + 1, stage.checkpoint_every) and step + 1 < stage.steps:
       self._flush(progress)
-      host = {"drawn": self.prompts.drawn, "version": self.version}
+      host = {"prompts": self.prompts.state(), "version": self.version}
       self.context.stage.save(step + 1, self.state, host)
     if step + 1 == stage.steps:
       self._flush(progress)
