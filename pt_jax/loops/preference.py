@@ -157,7 +157,7 @@ def is_given(label: Any) -> bool:
 
 def _check_group(group: Group) -> None:
   given = [c for c, label in zip(group.completions, group.labels) if is_given(label)]
-  labels = [np.ravel(label)[0] for label in group.labels[: len(given)]]
+  labels = [float(np.ravel(label)[0]) for label in group.labels[: len(given)]]
   if len(given) == 2 and not labels[0] > 0.5 >= labels[1]:
     raise ValueError(f"expected the chosen completion before the rejected one, found {labels}")
   if len(given) == 2 and np.array_equal(given[0].tokens, given[1].tokens):

@@ -71,6 +71,42 @@ def score(params: Params, batch: ComparisonBatch, *, config: ModelConfig) -> jax
   return jax.lax.fori_loop(0, len(batch.mask), one, jnp.zeros_like(batch.mask))
 
 
+def comparison_loss(
+  logprobs: jax.Array,
+  batch: ComparisonBatch,
+  *,
+  objective: PreferenceObjective,
+  baseline: jax.Array | float = 0.0,
+) -> tuple[Sum, dict[str, Sum]]:
+  """The objective of packed completions and its metrics, both as weighted sums over groups.
+
+  Args:
+    logprobs: [B, S] float32, of the tokens in the mask under the policy.
+    batch: leaves [B, S]; `reference_logprobs` are read if the objective has a reference.
+    objective: the algorithm.
+    baseline: [], no gradient; what `pair_loss` calls `mean_margin` or `reward_shift`, and
+      `unpaired_loss` `baseline`. The same for all microbatches.
+
+  Returns:
+    (sum of weight * loss and of weights, metrics under `preference/`).
+  """
+  weights = _weights(batch)
+  if not objective.unpaired:
+    loss, metrics = _pairs(logprobs, batch, objective, baseline)
+    sums = {}
+  else:
+    own = _completions(logprobs, batch, batch.labels >= 0, objective)
+    loss, metrics = unpaired_loss(own, batch.labels, objective=objective, baseline=baseline)
+    right, change = metrics.pop("label"), metrics.pop("logprob_change")
+    sums = {}
+    for side, share in (("chosen", right), ("rejected", 1 - right)):
+      sums[f"{side}_reward"] = _mean(metrics["reward"], weights * share)
+      sums[f"{side}_logprob_change"] = _mean(change, weights * share)
+  sums |= {name: _mean(value, weights) for name, value in metrics.items()}
+  named = {f"preference/{name}": value for name, value in sums.items()}
+  return _mean(loss, weights), jax.lax.stop_gradient(named)
+
+
 def preference_objective(
   params: Params,
   batch: ComparisonBatch,
@@ -79,36 +115,9 @@ def preference_objective(
   objective: PreferenceObjective,
   baseline: jax.Array | float = 0.0,
 ) -> tuple[Sum, dict[str, Sum]]:
-  """The objective of one microbatch and its metrics, both as weighted sums over groups.
-
-  Args:
-    params: of `decoder.table(config)`.
-    batch: leaves [B, S]; `reference_logprobs` are read if the objective has a reference.
-    config: the model.
-    objective: the algorithm.
-    baseline: [], no gradient; what `pair_loss` calls `mean_margin` or `reward_shift`, and
-      `unpaired_loss` `baseline`. The same for all microbatches.
-
-  Returns:
-    (sum of weight * loss and of weights, metrics under `preference/`).
-  """
+  """`comparison_loss` of one microbatch with leaves [B, S] under `params`."""
   logprobs = completion_logprobs(params, batch, config=config)
-  if objective.unpaired:
-    own = _completions(logprobs, batch, batch.labels >= 0, objective)
-    loss, metrics = unpaired_loss(own, batch.labels, objective=objective, baseline=baseline)
-    weights = _weights(batch)
-    sides = {"chosen": metrics["label"], "rejected": 1 - metrics.pop("label")}
-    reward, change = metrics.pop("reward"), metrics.pop("logprob_change")
-    sums = {"reward": _mean(reward, weights)}
-    for side, share in sides.items():
-      sums[f"{side}_reward"] = _mean(reward, weights * share)
-      sums[f"{side}_logprob_change"] = _mean(change, weights * share)
-  else:
-    loss, metrics = _pairs(logprobs, batch, objective, baseline)
-    weights, sums = _weights(batch), {}
-  sums |= {name: _mean(value, weights) for name, value in metrics.items()}
-  named = {f"preference/{name}": value for name, value in sums.items()}
-  return _mean(loss, weights), jax.lax.stop_gradient(named)
+  return comparison_loss(logprobs, batch, objective=objective, baseline=baseline)
 
 
 def preference_step(
