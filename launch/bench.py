@@ -112,7 +112,8 @@ def _sft() -> Callable[[int], int]:
   shape = (1, spec["batch"], spec["length"])
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
   positions = np.broadcast_to(np.arange(spec["length"], dtype=np.int32), shape)
-  fields: Any = (tokens, positions, np.zeros_like(tokens), (positions > 0).astype(np.float32))
+  mask, ones = (positions > 0).astype(np.float32), np.ones(shape, np.float32)
+  fields: Any = (tokens, positions, np.zeros_like(tokens), mask, ones)
   batch = Batch(*fields)
   batch = sharding.put(batch, sharding.batch_spec(1), jax.sharding.get_mesh())
   step = functools.partial(

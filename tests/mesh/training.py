@@ -69,6 +69,7 @@ def samples() -> list[dict[str, np.ndarray]]:
         "tokens": rng.integers(0, MODEL.vocab_size, size, dtype=np.int32),
         "positions": np.arange(size, dtype=np.int32),
         "mask": mask,
+        "weights": np.full(size, 1 + index % 3, np.float32),
         "advantages": noise(1.0),
         "old_logprobs": (uniform + noise(0.3)).astype(np.float32),
         "sampler_logprobs": (uniform + noise(0.3)).astype(np.float32),
