@@ -349,7 +349,7 @@ def test_one_line_before_anything_is_compiled_or_written(case, tmp_path, monkeyp
 
 
 def swapped_later(row):
-  return swapped(row) if row.get("number") == 100 else pairs.encode(row)
+  return swapped(row) if row.get("number") == 30 else pairs.encode(row)
 
 
 def test_a_bad_pair_further_on_stops_the_run(tmp_path):
@@ -358,7 +358,7 @@ def test_a_bad_pair_further_on_stops_the_run(tmp_path):
   data = lambda tokenizer: dataclasses.replace(
     pairs.data(tokenizer), train=unshuffled, encode=swapped_later
   )
-  with pytest.raises(ValueError, match=r"^stage dpo: train\[100\]: expected the chosen completion"):
+  with pytest.raises(ValueError, match=r"^stage dpo: train\[30\]: expected the chosen completion"):
     run(tmp_path, pairs.experiment(pairs.stage(data=data)))
 
 
