@@ -118,6 +118,31 @@ class Supervised(Offline):
   reduction: Reduction = "token_mean"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preference(Offline):
+  """Preference optimisation on given pairs, or on single completions that are right or wrong.
+
+  Its reference is the policy that it starts from. Held-out rows are pairs for every objective.
+  """
+
+  data: Callable[[Tokenizer], ComparisonData]
+  objective: PreferenceObjective
+  # Log-probs under the reference: "online" computes them with every batch, "cached" once, before
+  # the first update, and keeps them in the folder of the run.
+  reference: Literal["online", "cached"] = "online"
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.reference not in ("online", "cached"):
+      raise ValueError(
+        f"stage {self.name}: reference: expected online or cached, found {self.reference!r}"
+      )
+    if self.reference == "cached" and not self.objective.reference:
+      raise ValueError(
+        f"stage {self.name}: reference: the objective has none, expected online, found 'cached'"
+      )
+
+
 @dataclasses.dataclass(frozen=True)
 class Problems:
   """Problems that are trained on and problems that are not, and how one becomes a prompt."""
@@ -337,7 +362,7 @@ class Evaluate:
   start: str | None = None  # stage whose parameters it starts from; None: see `Experiment`
 
 
-Stage = Supervised | Online | OnlinePreference | Evaluate
+Stage = Supervised | Preference | Online | OnlinePreference | Evaluate
 
 
 @dataclasses.dataclass(frozen=True)

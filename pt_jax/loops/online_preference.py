@@ -8,6 +8,7 @@ state and the position in the stream of prompts, so a resumed run repeats and lo
 Source: arXiv 2402.04792 (online), arXiv 2404.19733 (iterative).
 """
 
+import dataclasses
 import functools
 import time
 from typing import Any, NamedTuple
@@ -256,9 +257,11 @@ class _Loop:
 
   def _with_reference(self, batch: ComparisonBatch) -> ComparisonBatch:
     """Its `reference_logprobs`, until here the sampler's, become the reference's."""
-    if not self.stage.objective.reference:
-      return batch.replace(reference_logprobs=jnp.zeros_like(batch.reference_logprobs))
-    return batch.replace(reference_logprobs=self._score(self._reference, batch))
+    if self.stage.objective.reference:
+      logprobs = self._score(self._reference, batch)
+    else:
+      logprobs = jnp.zeros_like(batch.reference_logprobs)
+    return dataclasses.replace(batch, reference_logprobs=logprobs)
 
   def _refresh(self, done: int) -> None:
     """Hands the policy to the engine, and makes it the reference, where that is due."""

@@ -6,6 +6,7 @@ prompt, and for unpaired objectives to be over or under the stage's threshold.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -29,13 +30,12 @@ class WinRates:
   def __call__(self, completions: Sequence[Completion], groups: np.ndarray) -> np.ndarray:
     scores = np.full(len(completions), 0.5, np.float32)
     for group in np.unique(groups):
-      members = np.flatnonzero(groups == group)
+      members = np.flatnonzero(groups == group).tolist()
       if len(members) == 1:
         continue
-      asked = np.array(
-        [[0.5 if i == j else self._ask(completions[i], completions[j]) for j in members]
-         for i in members]
-      )  # fmt: skip
+      asked = np.full((len(members), len(members)), 0.5)
+      for (a, i), (b, j) in itertools.permutations(enumerate(members), 2):
+        asked[a, b] = self._ask(completions[i], completions[j])
       wins = (asked + 1 - asked.T) / 2
       scores[members] = (wins.sum(1) - 0.5) / (len(members) - 1)
     return scores
