@@ -15,11 +15,12 @@ from pt_jax import sharding, weights
 from pt_jax.data import pipeline
 from pt_jax.data.sources import Source, Subset
 from pt_jax.data.tokenizers import Tokenizer
-from pt_jax.experiment import EarlyStop, Evaluate, Offline, Online, Stage, Supervised
-from pt_jax.loops import supervised
+from pt_jax.experiment import EarlyStop, Evaluate, Offline, Online, Reward, Stage, Supervised
+from pt_jax.loops import reward_model, supervised
 from pt_jax.loops.context import in_stage
 from pt_jax.loops.diagnostics import SAMPLE_METRICS
 from pt_jax.loops.rollouts import CORRECT
+from pt_jax.models import heads
 from pt_jax.models.config import ModelConfig
 from pt_jax.sharding import USE
 from pt_jax.weights import Table
@@ -52,7 +53,8 @@ def check_stage(
   """Raises ValueError naming the stage and what of it cannot run."""
   with in_stage(stage.name):
     if isinstance(stage, Offline):
-      stage.optimizer.transform(table)
+      trained = heads.table(config, stage.members) if isinstance(stage, Reward) else table
+      stage.optimizer.transform(trained)
       _check_offline(stage, config, tokenizer, mesh)
     else:
       if isinstance(stage, Online):
@@ -80,6 +82,8 @@ def _check_offline(
 
 def _logged(stage: Offline) -> set[str]:
   """The metrics that a stage logs, those under names of its data apart."""
+  if isinstance(stage, Reward):
+    return set(reward_model.metrics_of(stage))
   assert isinstance(stage, Supervised)
   names = supervised.METRICS + supervised.EVALUATION_METRICS
   return {*names, *(SAMPLE_METRICS if stage.sample_every else ())}

@@ -5,16 +5,17 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 
 from pt_jax import sharding
-from pt_jax.experiment import Experiment, Offline, Online, Stage, Supervised
+from pt_jax.experiment import Experiment, Offline, Online, Reward, Stage, Supervised
 from pt_jax.loops import report
 from pt_jax.loops.checks import check_model, check_stage
 from pt_jax.loops.context import Context, initial_params
 from pt_jax.loops.online import run_evaluate, run_online
+from pt_jax.loops.reward_model import run_reward
 from pt_jax.loops.run import Run
 from pt_jax.loops.supervised import run_supervised
 from pt_jax.models import decoder, hf
@@ -132,6 +133,8 @@ def _policy_of(
 def _run_stage(stage: Stage, context: Context) -> tuple[Params, dict[str, float]]:
   if isinstance(stage, Supervised):
     return run_supervised(stage, context)
+  if isinstance(stage, Reward):
+    return run_reward(stage, context)
   if isinstance(stage, Online):
     return run_online(stage, context)
   return run_evaluate(stage, context)
@@ -140,5 +143,6 @@ def _run_stage(stage: Stage, context: Context) -> tuple[Params, dict[str, float]
 def _opened_once(stage: Stage) -> Stage:
   """The stage with its data function remembering what it opened: checks and loop share it."""
   if isinstance(stage, Offline):
-    return dataclasses.replace(stage, data=functools.cache(stage.data))
+    opened: Any = functools.cache(stage.data)
+    return dataclasses.replace(stage, data=opened)
   return dataclasses.replace(stage, problems=functools.cache(stage.problems))
