@@ -5,6 +5,7 @@ import dataclasses
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from pt_jax.data.tokenizers import Tokenizer
 from pt_jax.loops.progress import Progress
 from pt_jax.loops.run import Stage
 from pt_jax.models.config import ModelConfig
-from pt_jax.steps.state import TrainState, Updater
+from pt_jax.steps.state import Creator
 from pt_jax.weights import Params, Table
 
 
@@ -45,7 +46,7 @@ class Context:
       key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     return jax.random.fold_in(key, step)
 
-  def start(self, updater: Updater) -> tuple[TrainState, Restored | None]:
+  def start(self, updater: Creator) -> tuple[Any, Restored | None]:
     """The train state of the newest checkpoint, with the checkpoint; without one, a fresh state.
 
     The state shares no buffer with `params`, so a step may donate it.
@@ -92,7 +93,7 @@ def abstract_params(context: Context) -> Params:
   return weights.abstract(c.table, c.layout.params, c.mesh, jnp.dtype(c.config.param_dtype))
 
 
-def abstract_state(updater: Updater, context: Context) -> TrainState:
+def abstract_state(updater: Creator, context: Context) -> Any:
   """Shapes, dtypes and shardings of a train state: what a checkpoint is restored onto."""
 
   def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -12,6 +12,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +25,12 @@ from pt_jax.loops.batches import data_host, device_batch, global_batch
 from pt_jax.loops.context import Context, in_stage
 from pt_jax.loops.diagnostics import EarlyStopping, completions_of, sample_metrics
 from pt_jax.loops.progress import Progress
+from pt_jax.loops.run import HELD_OUT
 from pt_jax.losses.reduce import Sum
 from pt_jax.metrics import check_finite
 from pt_jax.rollout.engine import Engine
 from pt_jax.rollout.rollouts import StopReason
-from pt_jax.steps.state import TrainState, Updater
+from pt_jax.steps.state import Creator
 from pt_jax.weights import Params
 
 SAMPLE_SLOTS = 64  # periodic samples decoded at once
@@ -63,9 +65,10 @@ class Training:
   """What a kind of stage brings to the loop."""
 
   context: Context  # its `table` and `params` are those that are trained
+  updater: Creator  # makes the state that `update` takes
   # (state, batch with leaves [A, B, S]) -> (state, metrics); the state may be donated
-  update: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
-  evaluate: Callable[[Params, Any], Evaluation]  # (params, batch with leaves [B, S])
+  update: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
+  evaluate: Callable[[Any, Any], Evaluation]  # (state, batch with leaves [B, S])
   # (means of the sums, outputs) -> the figures that are logged, under eval/
   figures: Callable[[dict[str, float], Outputs], dict[str, float]]
   shown: Mapping[str, str]  # on the progress bar: label -> metric
@@ -113,7 +116,7 @@ class _Loop:
     self.context = context = training.context
     self.total = stage.optimizer.steps
     self.host = data_host(context.mesh)
-    self.state, saved = context.start(Updater(stage.optimizer, context.table, context.layout))
+    self.state, saved = context.start(training.updater)
     host: dict[str, Any] = saved.host if saved else {}
     self.done = saved.step if saved else 0
     self.batches = iter(
@@ -209,7 +212,7 @@ class _Loop:
     sums: dict[str, Sum] | None = None
     kept: list[tuple[np.ndarray, Evaluation]] = []
     for batch in batches:
-      part = self.training.evaluate(self.state.params, global_batch(batch, mesh))
+      part = self.training.evaluate(self.state, global_batch(batch, mesh))
       sums = part.sums if sums is None else {name: sums[name] + part.sums[name] for name in sums}
       if part.at is not None:
         kept.append((batches.numbers, part))
@@ -269,6 +272,16 @@ class _Loop:
       self._sample()
     if self.context.stage.latest_step() != self.done:
       self._save()
+
+
+def read_outputs(folder: Path, stage: str) -> Outputs | None:
+  """What a stage of the run in `folder` kept of its last held-out evaluation, if it kept any."""
+  path = folder / HELD_OUT / f"{stage}.npz"
+  if not path.exists():
+    return None
+  with np.load(path) as arrays:
+    values = {name: arrays[name] for name in arrays.files}
+  return Outputs(values.pop("rows"), values)
 
 
 def counted(batch: Any) -> dict[str, jax.Array]:

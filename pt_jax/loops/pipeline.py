@@ -14,6 +14,7 @@ from pt_jax.experiment import Experiment, Offline, Online, Reward, Stage, Superv
 from pt_jax.loops import report
 from pt_jax.loops.checks import check_model, check_stage
 from pt_jax.loops.context import Context, initial_params
+from pt_jax.loops.offline import Outputs, read_outputs
 from pt_jax.loops.online import run_evaluate, run_online
 from pt_jax.loops.reward_model import run_reward
 from pt_jax.loops.run import Run
@@ -32,6 +33,8 @@ PICTURES = (
 )
 
 
+# Pictures of what a kind of stage kept of its last held-out evaluation: (stage's name, outputs) ->
+PICTURED: dict[type[Offline], Callable[[str, Outputs], list[report.Drawn]]] = {}
 Results = dict[str, dict[str, float]]  # stage name -> its figures
 
 
@@ -84,7 +87,8 @@ def run_experiment(
       params, results = _run_stages(opened, stages, context, loaded)
       if jax.process_index() == 0:
         rows = results_table(results)
-        report.write_report(opened.folder, f"{experiment.name} {id}", rows, PICTURES)
+        title, drawn = f"{experiment.name} {id}", _drawn(stages, opened.folder)
+        report.write_report(opened.folder, title, rows, PICTURES, drawn)
   return Finished(opened.folder, results, params)
 
 
@@ -95,6 +99,15 @@ def results_table(results: Results) -> list[dict[str, str | float | None]]:
     {"figure": name, **{stage: figures.get(name) for stage, figures in results.items()}}
     for name in names
   ]
+
+
+def _drawn(stages: Sequence[Stage], folder: Path) -> list[report.Drawn]:
+  pictures: list[report.Drawn] = []
+  for stage in stages:
+    outputs = read_outputs(folder, stage.name)
+    if outputs is not None and isinstance(stage, tuple(PICTURED)):
+      pictures += PICTURED[type(stage)](stage.name, outputs)
+  return pictures
 
 
 def _run_stages(

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -58,6 +58,14 @@ class Picture:
   shared_y: bool = False  # whether stages have one scale
 
 
+class Drawn(NamedTuple):
+  """A figure that is not of logged metrics, saved as NAME.png."""
+
+  name: str
+  title: str
+  figure: Figure
+
+
 PICTURES = (
   Picture("loss", "Loss", "loss", ("loss", "*/nats_per_token", "eval/loss")),
   Picture(
@@ -84,6 +92,7 @@ def write_report(
   title: str,
   rows: Sequence[Mapping[str, Cell]],
   pictures: Sequence[Picture] = PICTURES,
+  drawn: Sequence[Drawn] = (),
 ) -> Path:
   """Writes report.md and its pictures into a run folder.
 
@@ -92,16 +101,18 @@ def write_report(
     title: first line.
     rows: of the table of results; a column for each key.
     pictures: to draw, in this order.
+    drawn: figures that stand behind them.
 
   Returns the path of the report.
   """
   folder = Path(folder)
   curves = read_curves(folder)
   parts = [f"# {title}", _provenance(folder), markdown_table(rows), CAPTION, *_diagnosis(curves)]
-  for picture in pictures:
-    if figure := draw(picture, curves):
-      figure.savefig(folder / f"{picture.name}.png")
-      parts += [f"## {picture.title}", f"![{picture.title}]({picture.name}.png)"]
+  figures = [(p.name, p.title, draw(p, curves)) for p in pictures]
+  for name, heading, figure in (*figures, *drawn):
+    if figure is not None:
+      figure.savefig(folder / f"{name}.png")
+      parts += [f"## {heading}", f"![{heading}]({name}.png)"]
   parts += _samples(read_jsonl(folder / SAMPLES))
   config = [{"argument": k, "value": json.dumps(v)} for k, v in read_config(folder).items()]
   parts += ["## Configuration", markdown_table(config)]

@@ -27,10 +27,12 @@ EVALUATION_METRICS = tuple(f"eval/{name}" for name in _OF_TOKENS)
 
 def run_supervised(stage: Supervised, context: Context) -> tuple[Params, dict[str, float]]:
   """Runs or resumes a supervised stage; see `offline.run_offline`."""
+  evaluate = compiled_evaluation(context.config)
   training = Training(
     context=context,
+    updater=Updater(stage.optimizer, context.table, context.layout),
     update=compiled_step(context.config, stage.optimizer, context.layout, stage.reduction),
-    evaluate=compiled_evaluation(context.config),
+    evaluate=lambda state, batch: evaluate(state.params, batch),
     figures=_figures,
     shown={"loss": "loss", "accuracy": "loss/accuracy"},
     derived=lambda metrics: {"loss/perplexity": perplexity(metrics["loss/nats_per_token"])},

@@ -23,12 +23,17 @@ def like(x: jax.Array, other: jax.Array) -> jax.Array:
   return x if jax.typeof(x).sharding == wanted else jax.reshard(x, wanted)
 
 
-def segment_count(segment_ids: jax.Array) -> jax.Array:
-  """Number of segments in the batch, [] float32; padding is none."""
+def segment_starts(segment_ids: jax.Array) -> jax.Array:
+  """[B, S] bool, the first position of each segment, laid out over the mesh as the ids are."""
   chex.assert_rank(segment_ids, 2)
   ids = whole_rows(segment_ids)
   before = jnp.concatenate([jnp.full_like(ids[:, :1], -1), ids[:, :-1]], axis=1)
-  return jnp.sum((ids >= 0) & (ids != before), dtype=jnp.float32)
+  return like((ids >= 0) & (ids != before), segment_ids)
+
+
+def segment_count(segment_ids: jax.Array) -> jax.Array:
+  """Number of segments in the batch, [] float32; padding is none."""
+  return jnp.sum(segment_starts(segment_ids), dtype=jnp.float32)
 
 
 @jax.jit  # traced and compiled once a shape, also where the caller is not jitted

@@ -5,7 +5,7 @@ same for every ZeRO stage and every mesh.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
@@ -41,6 +41,14 @@ class Max:
   def mean(self) -> jax.Array:
     """The largest value seen."""
     return self.value
+
+
+class Creator(Protocol):
+  """What makes a state, a pytree with `params` that a checkpoint can hold."""
+
+  def create(self, params: Params) -> Any:
+    """The state before the first update."""
+    ...
 
 
 class Updater(NamedTuple):
