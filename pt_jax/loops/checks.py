@@ -70,6 +70,8 @@ def _check_offline(
   _check_rows(rows, stage.layout.row_length, config, mesh)
   _check_stop(stage.stop, _logged(stage))
   data = stage.data(tokenizer)
+  if isinstance(stage, Reward):
+    data = reward_model.checked(stage.data(tokenizer), stage.objective.kind)
   for source in (*data.train.sources.values(), data.held_out):
     _check_first_row(source, data.encode, stage.layout, data.form)
   if stage.sample_every:

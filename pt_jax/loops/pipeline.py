@@ -11,7 +11,7 @@ import jax
 
 from pt_jax import sharding
 from pt_jax.experiment import Experiment, Offline, Online, Reward, Stage, Supervised
-from pt_jax.loops import report
+from pt_jax.loops import report, reward_model
 from pt_jax.loops.checks import check_model, check_stage
 from pt_jax.loops.context import Context, initial_params
 from pt_jax.loops.offline import Outputs, read_outputs
@@ -34,7 +34,9 @@ PICTURES = (
 
 
 # Pictures of what a kind of stage kept of its last held-out evaluation: (stage's name, outputs) ->
-PICTURED: dict[type[Offline], Callable[[str, Outputs], list[report.Drawn]]] = {}
+PICTURED: dict[type[Offline], Callable[[str, Outputs], list[report.Drawn]]] = {
+  Reward: reward_model.draw,
+}
 Results = dict[str, dict[str, float]]  # stage name -> its figures
 
 

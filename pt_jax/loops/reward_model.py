@@ -7,19 +7,24 @@ figures are of the mean over members.
 import dataclasses
 import functools
 import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from pt_jax import weights
 from pt_jax.data.batch import ComparisonBatch
+from pt_jax.data.groups import Group
 from pt_jax.experiment import ComparisonData, Reward
 from pt_jax.loops import offline, ranking
 from pt_jax.loops.context import Context
 from pt_jax.loops.offline import Evaluation, Outputs, Training
-from pt_jax.losses.reward import RewardObjective
+from pt_jax.loops.report import COLORS, Drawn
+from pt_jax.losses.reward import Kind, RewardObjective
 from pt_jax.models import heads
 from pt_jax.models.config import ModelConfig
 from pt_jax.sharding import Layout
@@ -55,7 +60,7 @@ def run_reward(stage: Reward, context: Context) -> tuple[Params, dict[str, float
 
   Returns a tree of `heads.table(config, stage.members)` and the last held-out evaluation.
   """
-  data = stage.data(context.tokenizer)
+  data = checked(stage.data(context.tokenizer), stage.objective.kind)
   table = heads.table(context.config, stage.members)
   key = context.key("head", 0)
   context = dataclasses.replace(context, table=table)
@@ -65,6 +70,7 @@ def run_reward(stage: Reward, context: Context) -> tuple[Params, dict[str, float
   labelled = objective.kind in ("outcome", "process")
   training = Training(
     context=context,
+    updater=Updater(stage.optimizer, table, context.layout),
     update=compiled_step(context.config, stage.optimizer, context.layout, objective, stage.members),
     evaluate=compiled_evaluation(context.config, objective),
     figures=functools.partial(labelled_figures if labelled else ranked_figures, data),
@@ -72,6 +78,31 @@ def run_reward(stage: Reward, context: Context) -> tuple[Params, dict[str, float
     histograms=(LABELLED if labelled else RANKED,),
   )
   return offline.run_offline(stage, data, training)
+
+
+def checked(data: ComparisonData, kind: Kind) -> ComparisonData:
+  """The data, with rows that are checked to be what this kind of reward model is trained on."""
+
+  def encode(row: Mapping[str, Any]) -> Group:
+    group = data.encode(row)
+    if isinstance(group, Group):  # else the pipeline says so
+      _check_group(group, kind)
+    return group
+
+  return dataclasses.replace(data, encode=encode)
+
+
+def _check_group(group: Group, kind: Kind) -> None:
+  count, labels = len(group.completions), [np.ravel(label) for label in group.labels]
+  fewest, most = {"pairwise": (2, 2), "listwise": (2, count)}.get(kind, (1, 1))
+  if not fewest <= count <= max(fewest, most):
+    expected = str(fewest) if fewest == most else f"at least {fewest}"
+    raise ValueError(f"{kind} rows: expected {expected} completions, found {count}")
+  if not all(((label >= 0) & (label <= 1)).all() for label in labels):
+    raise ValueError(f"{kind} rows: expected labels in 0..1, found {labels}")
+  if kind == "pairwise" and not labels[0][-1] > 0.5 >= labels[1][-1]:
+    found = [float(label[-1]) for label in labels]
+    raise ValueError(f"pairwise rows: expected the chosen completion first, found labels {found}")
 
 
 def fresh_head(key: jax.Array, context: Context, members: int) -> Params:
@@ -97,13 +128,14 @@ def compiled_step(
 
 @functools.cache
 def compiled_evaluation(config: ModelConfig, objective: RewardObjective) -> Any:
-  """The jitted (params, batch with leaves [B, S]) -> Evaluation."""
+  """The jitted (state, batch with leaves [B, S]) -> Evaluation."""
   name = LABELLED if objective.kind in ("outcome", "process") else RANKED
 
-  def evaluate(params: Params, batch: ComparisonBatch) -> Evaluation:
-    sums, at, values = reward_evaluate(params, batch, config=config, objective=objective)
-    whole = lambda x: jax.reshard(x, jax.P(*(None,) * x.ndim))
-    return Evaluation(sums, whole(at), {name: whole(values), "labels": whole(batch.labels)})
+  def evaluate(state: TrainState, batch: ComparisonBatch) -> Evaluation:
+    sums, at, values = reward_evaluate(state.params, batch, config=config, objective=objective)
+    everywhere = lambda x: jax.reshard(x, jax.P())  # on a pod, every host reads all of it
+    outputs = {name: everywhere(values), "labels": everywhere(batch.labels)}
+    return Evaluation(sums, everywhere(at), outputs)
 
   return jax.jit(evaluate)
 
@@ -175,8 +207,51 @@ def _named(
   figures |= {"accuracy_low": share.low, "accuracy_high": share.high}
   if data.slice is not None:
     names = {row: data.slice(data.held_out[int(row)]) for row in np.unique(rows)}
-    slices = ranking.by_slice(right, [names[row] for row in rows])
-    figures |= {f"accuracy/{name}": of_slice.value for name, of_slice in slices.items()}
+    for name, part in ranking.by_slice(right, [names[row] for row in rows]).items():
+      figures |= {f"slice/{name}/accuracy": part.value, f"slice/{name}/low": part.low}
+      figures |= {f"slice/{name}/high": part.high, f"slice/{name}/count": float(part.count)}
   if scores.shape[1] > 1:
     figures |= dict(zip(_AGREEMENT, ranking.agreement(scores)))
   return {f"eval/{name}": value for name, value in figures.items()}
+
+
+def draw(stage: str, outputs: Outputs) -> list[Drawn]:
+  """The held-out rewards at the end: how often a prediction comes true, and how far apart they
+  are."""
+  figure = Figure(figsize=(10, 3.8), dpi=120, layout="constrained")
+  left, right = figure.subplots(1, 2)
+  if RANKED in outputs.values:
+    pairs = pairs_of(outputs.rows, outputs.values[RANKED].astype(np.float64))
+    margins = (pairs.chosen - pairs.rejected).mean(1)
+    _reliability(left, ranking.pair_calibration(margins), "share ranked right")
+    shares = {"chosen over rejected": margins[margins > 0], "not": margins[margins <= 0]}
+    _histogram(right, shares, "margin, chosen - rejected", "pairs")
+  else:
+    values = outputs.values[LABELLED].astype(np.float64).mean(1)
+    labels = outputs.values["labels"]
+    _reliability(left, ranking.calibration(ranking.sigmoid(values), labels), "mean label")
+    shares = {"label over 0.5": values[labels > 0.5], "label up to 0.5": values[labels <= 0.5]}
+    _histogram(right, shares, "value", "predictions")
+  return [Drawn(f"{stage}_rewards", f"{stage}: held-out rewards at the end", figure)]
+
+
+def _reliability(axes: Axes, found: ranking.Calibration, what: str) -> None:
+  held = found.counts > 0
+  axes.plot(found.edges[[0, -1]], found.edges[[0, -1]], color=COLORS[6], linestyle="--")
+  axes.plot(found.confidence[held], found.frequency[held], color=COLORS[0], linewidth=1)
+  sizes = 8 + 120 * found.counts[held] / found.counts.max()
+  label = f"size: how many; ECE {found.error:.3f}"
+  axes.scatter(found.confidence[held], found.frequency[held], sizes, color=COLORS[0], label=label)
+  axes.set(xlabel="predicted probability", ylabel=what, ylim=(-0.02, 1.02))
+  axes.legend(frameon=False, fontsize=8)
+
+
+def _histogram(axes: Axes, parts: dict[str, np.ndarray], x: str, y: str) -> None:
+  everything = np.concatenate([*parts.values()])
+  edges = np.histogram_bin_edges(everything, 40).tolist()
+  for (name, part), color in zip(parts.items(), COLORS):
+    label = f"{name}, {len(part) / len(everything):.0%}"
+    axes.hist(part, edges, color=color, alpha=0.6, label=label)
+  axes.axvline(0, color=COLORS[6], linestyle="--", linewidth=1)
+  axes.set(xlabel=x, ylabel=y)
+  axes.legend(frameon=False, fontsize=8)
