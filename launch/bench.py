@@ -29,9 +29,9 @@ from launch.bench_peers.spec import SPEC
 from pt_jax import sharding
 from pt_jax.data.batch import Batch
 from pt_jax.data.tasks import Problem
-from pt_jax.loops.rollouts import Judged, pack_policy
+from pt_jax.loops.rollouts import Judged, drawn_tokens, pack_policy
 from pt_jax.losses import objective as objectives
-from pt_jax.losses.credit import assign_credit
+from pt_jax.losses.credit import Episodes, assign_credit
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
 from pt_jax.rewards.stack import Component, RewardStack
@@ -112,7 +112,8 @@ def _sft() -> Callable[[int], int]:
   shape = (1, spec["batch"], spec["length"])
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
   positions = np.broadcast_to(np.arange(spec["length"], dtype=np.int32), shape)
-  fields: Any = (tokens, positions, np.zeros_like(tokens), (positions > 0).astype(np.float32))
+  mask, ones = (positions > 0).astype(np.float32), np.ones(shape, np.float32)
+  fields: Any = (tokens, positions, np.zeros_like(tokens), mask, ones)
   batch = Batch(*fields)
   batch = sharding.put(batch, sharding.batch_spec(1), jax.sharding.get_mesh())
   step = functools.partial(
@@ -186,8 +187,9 @@ def _grpo() -> Callable[[int], int]:
     completions = [Completion(problem, text(row), len(row), StopReason.LENGTH) for row in rows]
     rewards = stack(completions)
     drawn = np.asarray(rollouts.length - rollouts.prompt_length)
-    cut = np.ones(count, bool)
-    credit = assign_credit(rewards.total, drawn, cut, groups, objective=objective)
+    mask = drawn_tokens(rollouts)
+    episodes = Episodes(rewards.total, np.ones(count, bool), groups, mask)
+    credit = assign_credit(episodes, objective=objective)
     judged = Judged(completions, rollouts, rewards, groups)
     batch = pack_policy(judged, credit, rows=count, row_length=length)
     batch = sharding.put(batch, sharding.batch_spec(1), jax.sharding.get_mesh())

@@ -117,6 +117,8 @@ def conversations(
   held_out: int,
   held_out_path: str | None = None,
   samples: int = 0,
+  train_on: str | Mapping[str, float] = "assistant",
+  weight: Callable[[Mapping[str, Any]], float] | None = None,
   seed: int = 0,
 ) -> SupervisedData:
   """Rows of a file as chats, of which the assistant's turns are trained.
@@ -131,6 +133,8 @@ def conversations(
       are then not trained on.
     held_out_path: a file of the same kind.
     samples: held-out prompts that periodic samples answer.
+    train_on: the kind of text that is trained, or weights of kinds; see `masks.encode_chat`.
+    weight: of a row among the others; by default all weigh the same.
     seed: of the data order. The split does not depend on it.
   """
   chat = load_template(template, tokenizer=tokenizer)
@@ -142,8 +146,8 @@ def conversations(
     kept_back = Subset(whole, range(min(held_out, len(whole))))
 
   def encode(row: Mapping[str, Any]) -> Example:
-    encoded = encode_chat(messages(row), tokenizer, chat)
-    return Example(encoded.tokens, encoded.mask)
+    encoded = encode_chat(messages(row), tokenizer, chat, train_on=train_on)
+    return Example(encoded.tokens, encoded.mask, weight(row) if weight else 1.0)
 
   questions = [messages(kept_back[i])[:-1] for i in range(samples)]
   prompts = [encode_prompt(question, tokenizer, chat).tolist() for question in questions]

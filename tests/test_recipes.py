@@ -68,7 +68,7 @@ def test_what_is_trained_is_the_completion_and_the_prompt_is_what_comes_before(
   ends = recipes.until_turn_ends(TOKENIZER, TEMPLATE, max_tokens=8).stop_tokens
   for problem, source in ((task.train[0], 0), (task.train[1], 1), (task.train[7], 7)):
     row = demonstrations.train.sources["demonstrations"][source]
-    tokens, mask = demonstrations.encode(row)
+    tokens, mask, _ = demonstrations.encode(row)
     prompt = list(task.encode(problem))
     assert tokens[: len(prompt)].tolist() == prompt
     assert not mask[: len(prompt)].any() and mask[len(prompt)] == 1
@@ -123,10 +123,29 @@ def test_conversations_keep_back_rows_of_the_file(tmp_path):
   held_out = [data.held_out[i]["question"] for i in range(len(data.held_out))]
   assert len(held_out) == 5 and len(trained) == 15 and not trained & set(held_out)
   for i, prompt in enumerate(data.prompts):
-    tokens, mask = data.encode(data.held_out[i])
+    tokens, mask, _ = data.encode(data.held_out[i])
     assert tokens[: len(prompt)].tolist() == list(prompt)
     assert int(np.flatnonzero(mask)[0]) == len(prompt) and mask[len(prompt) :].all()
     assert held_out[i] in TOKENIZER.decode(prompt)
+
+
+def test_conversations_weigh_rows_and_kinds(tmp_path):
+  path = write(tmp_path / "rows.jsonl", 6, "a")
+  data = recipes.conversations(
+    TOKENIZER,
+    train=path,
+    held_out=2,
+    messages=chat,
+    fields=("question", "answer"),
+    template=TEMPLATE,
+    train_on={"answer": 0.5},
+    weight=lambda row: 1 + int(row["question"][1]),
+  )
+  for i in range(2):
+    row = data.held_out[i]
+    _, mask, weight = data.encode(row)
+    assert weight == 1 + int(row["question"][1])
+    assert set(mask) == {0, 0.5}
 
 
 def test_conversations_with_a_file_of_their_own_to_evaluate_on(tmp_path):

@@ -23,11 +23,12 @@ class Batch:
   positions: jax.Array  # [B, S] int32, counted from 0 in each segment, 0 on padding
   segment_ids: jax.Array  # [B, S] int32, -1 on padding
   mask: jax.Array  # [B, S] float32, weight of the token as a target; 0 on prompts and padding
+  weights: jax.Array  # [B, S] float32 > 0, of the segment; 0 on padding
 
 
 @flax.struct.dataclass
 class PolicyBatch:
-  """Packed rollouts for a policy-gradient step. The first four fields are those of `Batch`."""
+  """Packed rollouts for a policy-gradient step. The first four fields are as in `Batch`."""
 
   tokens: jax.Array  # [B, S] int32, 0 on padding
   positions: jax.Array  # [B, S] int32, counted from 0 in each segment, 0 on padding
@@ -37,11 +38,14 @@ class PolicyBatch:
   old_logprobs: jax.Array  # [B, S] float32, trainer log-prob before the first update, 0 outside
   sampler_logprobs: jax.Array  # [B, S] float32, log-prob the rollout engine reported, 0 outside
   reference_logprobs: jax.Array  # [B, S] float32, log-prob under the reference policy, 0 if unused
+  positive: jax.Array  # [B, S] float32, 1 on trained tokens of right completions, 0 if unused
+  returns: jax.Array  # [B, S] float32, what a critic learns, 0 without one
+  old_values: jax.Array  # [B, S] float32, of the critic before the first update, 0 without one
 
 
 @flax.struct.dataclass
 class ComparisonBatch:
-  """Packed completions that are compared or judged. The first four fields are those of `Batch`.
+  """Packed completions that are compared or judged. The first four fields are as in `Batch`.
 
   A group is what one loss value is made of: the two completions of a pair, a ranked list, or one
   completion with a label. Its segments stand side by side in one row, the best one first.

@@ -57,6 +57,9 @@ def checked_group(group: Group) -> Group:
       completions.append(checked_example(completion))
     except ValueError as error:
       raise ValueError(f"completion {i}: {error}") from error
+    if completions[-1].weight != 1:
+      weight = completions[-1].weight
+      raise ValueError(f"completion {i}: expected no weight but that of its group, found {weight}")
     shape = np.shape(label)
     if shape not in ((), completions[-1].tokens.shape):
       count = len(completions[-1].tokens)

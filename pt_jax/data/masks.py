@@ -16,7 +16,7 @@ model will see (Qwen3 drops the reasoning of earlier turns), and that is an erro
 
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -45,7 +45,7 @@ class EncodedChat:
   """A chat as tokens."""
 
   tokens: np.ndarray  # [T] int32
-  mask: np.ndarray  # [T] float32, 1 where the token is a target
+  mask: np.ndarray  # [T] float32, weight of the token as a target: 1, or that of its kind
   spans: tuple[Span, ...]  # the trained ranges, in order
 
 
@@ -64,7 +64,7 @@ def encode_chat(
   tokenizer: Tokenizer,
   template: ChatTemplate,
   *,
-  train_on: str | Collection[str] = "assistant",
+  train_on: str | Collection[str] | Mapping[str, float] = "assistant",
   turns: Literal["all", "last"] = "all",
   tools: Tools = None,
   where: str = "chat",
@@ -74,7 +74,8 @@ def encode_chat(
   Args:
     train_on: one or more kinds of text. "assistant" is all that assistant turns generate, the token
       that closes a turn included. "think", "tool_call" and "answer" are its parts (`segments.py`).
-      "tool_result" is the content of tool messages.
+      "tool_result" is the content of tool messages. A mapping gives the tokens of each kind a
+      weight > 0, {"think": 0.1, "answer": 1.0} for example.
     turns: "last" trains only the last assistant message, and so allows templates that change
       earlier turns as a chat grows.
     tools: JSON schemas of the functions that the assistant may call.
@@ -84,9 +85,8 @@ def encode_chat(
       once the chat goes on; a trained message that the template leaves out; segments that cannot
       be told apart; nothing to train on.
   """
-  kinds = {train_on} if isinstance(train_on, str) else set(train_on)
-  if not kinds or kinds - set(KINDS):
-    raise ValueError(f"train_on is {train_on!r}, expected some of {', '.join(KINDS)}")
+  weights = _weights(train_on)
+  kinds = set(weights)
   if turns not in ("all", "last"):
     raise ValueError(f"turns is {turns!r}, expected 'all' or 'last'")
   with located(where):
@@ -100,7 +100,22 @@ def encode_chat(
         spans += _turn_spans(chat, whole, _find_turn(chat, whole, starts, i), encoding, kinds)
     if "tool_result" in kinds:
       spans += _result_spans(chat, whole, encoding)
-    return _masked(encoding, spans, kinds)
+    return _masked(encoding, spans, weights)
+
+
+def _weights(train_on: str | Collection[str] | Mapping[str, float]) -> dict[str, float]:
+  """Kinds to be trained -> weight of their tokens."""
+  names = (train_on,) if isinstance(train_on, str) else train_on
+  weighed = isinstance(names, Mapping)
+  weights = dict(names) if weighed else dict.fromkeys(sorted(names), 1.0)
+  if not weights or set(weights) - set(KINDS):
+    raise ValueError(f"train_on is {train_on!r}, expected some of {', '.join(KINDS)}")
+  if weighed and "assistant" in weights and not weights.keys().isdisjoint(SEGMENTS):
+    raise ValueError(f"train_on is {train_on!r}, expected a weight for the assistant or its parts")
+  for kind, weight in weights.items():
+    if not 0 < weight < np.inf:
+      raise ValueError(f"train_on: {kind}: expected a finite weight > 0, found {weight}")
+  return weights
 
 
 def stop_tokens(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, ...]:
@@ -220,11 +235,11 @@ def _result_spans(chat: Chat, whole: Rendering, encoding: Encoding) -> list[Span
   ]
 
 
-def _masked(encoding: Encoding, spans: list[Span], kinds: set[str]) -> EncodedChat:
+def _masked(encoding: Encoding, spans: list[Span], weights: dict[str, float]) -> EncodedChat:
   mask = np.zeros(len(encoding.ids), np.float32)
   spans = sorted((s for s in spans if s.end > s.start), key=lambda s: s.start)
   for span in spans:
-    mask[span.start : span.end] = 1
+    mask[span.start : span.end] = weights[span.kind]
   if not spans:
-    raise ValueError(f"nothing to train on: the chat has no {' or '.join(sorted(kinds))}")
+    raise ValueError(f"nothing to train on: the chat has no {' or '.join(sorted(weights))}")
   return EncodedChat(np.asarray(encoding.ids, np.int32), mask, tuple(spans))

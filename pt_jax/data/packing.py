@@ -23,6 +23,7 @@ class Example(NamedTuple):
 
   tokens: np.ndarray  # [n] int32
   mask: np.ndarray  # [n] float32, weight of each token as a target; mask[0] counts as 0
+  weight: float = 1.0  # of the whole example among the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +109,17 @@ def one_per_row(
 
 def checked_example(example: Example) -> Example:
   """The example as arrays. Raises ValueError when it is none, or has nothing to train on."""
-  tokens, mask = map(np.asarray, example)
+  tokens, mask, weight = Example(*example)
+  tokens, mask = np.asarray(tokens), np.asarray(mask)
   if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
     raise ValueError(f"tokens must be integers [n], got {tokens.dtype} {tokens.shape}")
   if mask.shape != tokens.shape:
     raise ValueError(f"{len(tokens)} tokens have a mask of shape {mask.shape}")
   if not mask[1:].any():
     raise ValueError("no token to train on")
-  return Example(tokens, mask)
+  if not 0 < weight < np.inf:
+    raise ValueError(f"weight of the example: expected a finite number > 0, found {weight}")
+  return Example(tokens, mask, float(weight))
 
 
 def lay_out(
@@ -141,6 +145,19 @@ def lay_out(
   out = np.full((plan.rows, plan.row_length), fill, dtype)
   for i, row, slot in plan.slots():
     out[row, slot] = arrays[i][: plan.kept[i]]
+  return out
+
+
+def take_back(plan: Plan, values: np.ndarray, width: int, fill: float = 0) -> np.ndarray:
+  """The way back of `lay_out`: [B, S] to [N, width], right-padded with `fill`.
+
+  Tokens that the plan left out get `fill`. Raises ValueError when `width` is too narrow.
+  """
+  if width < plan.kept.max(initial=0):
+    raise ValueError(f"expected a width of at least {plan.kept.max()}, got {width}")
+  out = np.full((len(plan.row), width), fill, values.dtype)
+  for i, row, slot in plan.slots():
+    out[i, : plan.kept[i]] = values[row, slot]
   return out
 
 
@@ -170,6 +187,7 @@ def pack_rows(examples: Sequence[Example], plan: Plan) -> Batch:
     positions=cast(Any, positions),
     segment_ids=cast(Any, spread(plan, plan.segment, PADDING_SEGMENT, np.int32)),
     mask=cast(Any, mask),
+    weights=cast(Any, spread(plan, [e.weight for e in examples], 0, np.float32)),
   )
 
 

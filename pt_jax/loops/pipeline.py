@@ -14,8 +14,9 @@ from pt_jax.experiment import Experiment, Offline, Online, Reward, Stage, Superv
 from pt_jax.loops import report, reward_model
 from pt_jax.loops.checks import check_model, check_stage
 from pt_jax.loops.context import Context, initial_params
+from pt_jax.loops.evaluation import run_evaluate
 from pt_jax.loops.offline import Outputs, read_outputs
-from pt_jax.loops.online import run_evaluate, run_online
+from pt_jax.loops.online import run_online
 from pt_jax.loops.reward_model import run_reward
 from pt_jax.loops.run import Run
 from pt_jax.loops.supervised import run_supervised

@@ -62,10 +62,8 @@ def run_reward(stage: Reward, context: Context) -> tuple[Params, dict[str, float
   """
   data = checked(stage.data(context.tokenizer), stage.objective.kind)
   table = heads.table(context.config, stage.members)
-  key = context.key("head", 0)
-  context = dataclasses.replace(context, table=table)
-  fresh = fresh_head(key, context, stage.members)
-  context = dataclasses.replace(context, params=heads.from_decoder(context.params, table | fresh))
+  params = heads.from_decoder(context.params, fresh_heads(context, stage.members))
+  context = dataclasses.replace(context, table=table, params=params)
   objective = stage.objective
   labelled = objective.kind in ("outcome", "process")
   training = Training(
@@ -105,11 +103,12 @@ def _check_group(group: Group, kind: Kind) -> None:
     raise ValueError(f"pairwise rows: expected the chosen completion first, found labels {found}")
 
 
-def fresh_head(key: jax.Array, context: Context, members: int) -> Params:
-  """{HEAD: [E, D]}, drawn where layout.params says."""
+def fresh_heads(context: Context, members: int) -> jax.Array:
+  """[E, D], drawn from the seed and the stage, where layout.params says."""
   row = {heads.HEAD: heads.head_row(context.config, members)}
   dtype = jnp.dtype(context.config.param_dtype)
-  return jax.jit(lambda key: weights.init(key, row, context.layout.params, dtype))(key)
+  make = lambda key: weights.init(key, row, context.layout.params, dtype)
+  return jax.jit(make)(context.key("head", 0))[heads.HEAD]
 
 
 @functools.cache

@@ -13,6 +13,10 @@ There is no mean over rows: with one segment in a row it is `segment_mean`, with
 depend on the packing. A segment counts when it has a token (id >= 0), also when nothing in it is
 trained (a truncated completion that is masked whole): it then adds 0 to the total and 1 to the
 number of segments, as in TRL.
+
+Segments may have weights w. Then each one's tokens weigh w as much and it counts as w segments:
+sum(l m w) / sum(m w), the weighted mean over segments, sum(l m w) / (sum(w) * constant_length).
+Kinds of token weigh differently through the mask.
 """
 
 import typing
@@ -62,6 +66,7 @@ def token_weights(
   segment_ids: jax.Array,
   *,
   constant_length: int | None = None,
+  weights: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Every reduction is linear in the values: the weight of each token, and what to divide by last.
 
@@ -70,6 +75,7 @@ def token_weights(
     mask: [B, S] float32 >= 0, weight of the token; 0 where it is not trained.
     segment_ids: [B, S] int32, -1 on padding.
     constant_length: tokens that `constant` takes each segment for; None for the others.
+    weights: [B, S] float32, of the segment at each of its tokens; None: all alike.
 
   Returns:
     weights [B, S] and denominator [], float32; the reduced value is
@@ -82,13 +88,14 @@ def token_weights(
   chex.assert_equal_shape([mask, segment_ids])
   chex.assert_type([mask, segment_ids], [jnp.float32, jnp.int32])
   check_reduction(reduction, constant_length)
+  weighed = mask if weights is None else mask * weights
   if reduction == "token_mean":
-    return mask, jnp.sum(mask)
-  count = segments.segment_count(segment_ids)
+    return weighed, jnp.sum(weighed)
+  count = segments.segment_count(segment_ids, weights)
   if constant_length is not None:
-    return mask, count * constant_length
+    return weighed, count * constant_length
   trained = segments.segment_sum(mask, segment_ids)
-  return mask / jnp.where(trained == 0, 1, trained), count
+  return weighed / jnp.where(trained == 0, 1, trained), count
 
 
 def reduce(
@@ -98,12 +105,13 @@ def reduce(
   segment_ids: jax.Array,
   *,
   constant_length: int | None = None,
+  weights: jax.Array | None = None,
 ) -> Sum:
   """`values` [B, S] float32 under a named reduction, still to be divided; see `token_weights`."""
   chex.assert_equal_shape([values, mask])
   chex.assert_type(values, jnp.float32)
-  weights, denominator = token_weights(
-    reduction, mask, segment_ids, constant_length=constant_length
+  factors, denominator = token_weights(
+    reduction, mask, segment_ids, constant_length=constant_length, weights=weights
   )
   # Selected, not only multiplied: what stands on padding may be infinite.
-  return Sum(jnp.sum(jnp.where(weights == 0, 0, values * weights)), denominator)
+  return Sum(jnp.sum(jnp.where(factors == 0, 0, values * factors)), denominator)

@@ -31,9 +31,15 @@ def segment_starts(segment_ids: jax.Array) -> jax.Array:
   return like((ids >= 0) & (ids != before), segment_ids)
 
 
-def segment_count(segment_ids: jax.Array) -> jax.Array:
-  """Number of segments in the batch, [] float32; padding is none."""
-  return jnp.sum(segment_starts(segment_ids), dtype=jnp.float32)
+def segment_count(segment_ids: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+  """Number of segments in the batch, [] float32; padding is none.
+
+  With `weights` [B, S], constant within a segment, the sum of the segments' weights.
+  """
+  starts = segment_starts(segment_ids)
+  if weights is None:
+    return jnp.sum(starts, dtype=jnp.float32)
+  return jnp.sum(jnp.where(starts, weights, 0))
 
 
 @jax.jit  # traced and compiled once a shape, also where the caller is not jitted

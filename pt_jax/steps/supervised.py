@@ -1,5 +1,7 @@
 """The SFT step and its evaluation: pure functions of (state, batch), jitted by the caller."""
 
+import functools
+
 import jax
 
 from pt_jax.data.batch import Batch
@@ -32,13 +34,16 @@ def sft_loss(
     hidden, decoder.unembedding(params, config), batch.tokens, chunk=config.vocab_chunk
   )
   nll = supervised.nll(stats.logprobs, batch.mask)
-  mean = lambda values: reduce.reduce("token_mean", values, batch.mask, batch.segment_ids)
+  add = functools.partial(
+    reduce.reduce, mask=batch.mask, segment_ids=batch.segment_ids, weights=batch.weights
+  )
+  mean = functools.partial(add, "token_mean")
   metrics = {
     "loss/nats_per_token": mean(nll),
     "loss/accuracy": mean((stats.top1 == batch.tokens).astype(nll.dtype)),
     "loss/entropy": mean(stats.entropy),
   }
-  return reduce.reduce(reduction, nll, batch.mask, batch.segment_ids), metrics
+  return add(reduction, nll), metrics
 
 
 def sft_step(

@@ -167,6 +167,10 @@ BAD = {
     made(completions=(completion(ROWS[4], 0), Example(np.arange(3), np.zeros(3)))),
     "completion 1: no token to train on",
   ),
+  "weight of a completion": (
+    made(completions=(completion(ROWS[4], 0), completion(ROWS[4], 1)._replace(weight=0.5))),
+    "completion 1: expected no weight but that of its group, found 0.5",
+  ),
 }
 
 

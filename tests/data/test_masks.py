@@ -208,6 +208,17 @@ def test_segments_divide_a_turn_without_rest(name, chat):
   assert together.mask.tolist() == whole.mask.tolist()
 
 
+def test_kinds_weigh_what_they_are_given():
+  own, used = tokenizer(), load_template("qwen3")
+  weights = {"think": 0.25, "answer": 2.0, "tool_result": 0.5}
+  encoded = encode("thinking_calls", used, own, train_on=weights)
+  expected = np.zeros(len(encoded.tokens), np.float32)
+  for kind, weight in weights.items():
+    expected += weight * encode("thinking_calls", used, own, train_on=kind).mask
+  np.testing.assert_array_equal(encoded.mask, expected)
+  assert set(expected) == {0.0, *weights.values()}
+
+
 def test_results_beside_the_assistant():
   own = tokenizer()
   encoded = encode("two_calls", load_template("chatml"), train_on=["assistant", "tool_result"])
@@ -331,6 +342,19 @@ def test_bad_row(messages, name, options, message):
 @pytest.mark.parametrize("train_on", ["everything", [], ["think", "user"]])
 def test_bad_kind(train_on):
   with pytest.raises(ValueError, match=r"train_on is .*, expected some of assistant, think"):
+    encode_chat([USER, ANSWER], ByteTokenizer(), load_template("chatml"), train_on=train_on)
+
+
+@pytest.mark.parametrize(
+  "train_on, message",
+  [
+    ({"think": 0.0}, "train_on: think: expected a finite weight > 0, found 0.0"),
+    ({"answer": 1, "think": float("nan")}, "train_on: think: .* found nan"),
+    ({"assistant": 1, "think": 2}, "expected a weight for the assistant or its parts"),
+  ],
+)
+def test_bad_weights(train_on, message):
+  with pytest.raises(ValueError, match=message):
     encode_chat([USER, ANSWER], ByteTokenizer(), load_template("chatml"), train_on=train_on)
 
 

@@ -3,6 +3,7 @@ import json
 import math
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -69,7 +70,7 @@ def test_plan_worked_by_hand():
 def test_rows_worked_by_hand():
   examples = [
     packing.Example(np.array([7, 8], np.int32), np.array([1, 0.5], np.float32)),
-    packing.Example(np.array([9], np.int32), np.array([1], np.float32)),
+    packing.Example(np.array([9], np.int32), np.array([1], np.float32), weight=0.25),
     packing.Example(np.array([4, 5, 6, 3], np.int32), np.array([0, 0, 1, 2], np.float32)),
   ]
   batch = packing.pack_rows(examples, packing.pack([2, 1, 4], 4))
@@ -77,8 +78,9 @@ def test_rows_worked_by_hand():
   np.testing.assert_array_equal(batch.positions, [[0, 1, 0, 0], [0, 1, 2, 3]])
   np.testing.assert_array_equal(batch.segment_ids, [[0, 0, 1, -1], [0, 0, 0, 0]])
   np.testing.assert_array_equal(batch.mask, [[0, 0.5, 0, 0], [0, 0, 1, 2]])
-  dtypes = [x.dtype for x in (batch.tokens, batch.positions, batch.segment_ids, batch.mask)]
-  assert dtypes == [np.int32, np.int32, np.int32, np.float32]
+  np.testing.assert_array_equal(batch.weights, [[1, 1, 0.25, 0], [1, 1, 1, 1]])
+  dtypes = [x.dtype for x in jax.tree.leaves(batch)]
+  assert dtypes == [np.int32, np.int32, np.int32, np.float32, np.float32]
 
 
 @settings(max_examples=100, deadline=None)

@@ -194,7 +194,7 @@ def test_too_long_rows_are_counted():
 
 def test_what_has_no_target_once_cut_is_left_out():
   def prompt_of_16(row):
-    tokens, mask = encode(row)
+    tokens, mask, _ = encode(row)
     mask[:16] = 0
     return Example(tokens, mask)
 
@@ -241,6 +241,7 @@ ANSWERS = {
   "shape": lambda: Example(np.arange(3), np.ones(2)),
   "floats": lambda: Example(np.ones(3), np.ones(3)),
   "nothing": lambda: Example(np.zeros(0, np.int32), np.zeros(0)),
+  "weight": lambda: Example(np.arange(3), np.ones(3), weight=0.0),
 }
 
 
@@ -254,6 +255,7 @@ ANSWERS = {
     ("shape", r"3 tokens have a mask of shape \(2,\)"),
     ("floats", r"tokens must be integers \[n\], got float64 \(3,\)"),
     ("nothing", "no token to train on"),
+    ("weight", "weight of the example: expected a finite number > 0, found 0.0"),
   ],
 )
 def test_encode_errors_name_the_row(kind, message, read_ahead):

@@ -54,7 +54,7 @@ def row(question="2 + 2", answer="4"):
 
 
 def nothing_to_train(row):
-  tokens, mask = tiny.encode(row)
+  tokens, mask, _ = tiny.encode(row)
   return Example(tokens, 0 * mask)
 
 

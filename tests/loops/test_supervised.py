@@ -74,7 +74,7 @@ def test_the_held_out_loss_is_the_mean_over_all_held_out_tokens(whole, one_devic
   forward = jax.jit(functools.partial(decoder.forward, c=tiny.MODEL))
   nats, right, entropy, count = 0.0, 0, 0.0, 0
   for row in tiny.words(20, 2):
-    tokens, mask = tiny.encode(row)
+    tokens, mask, _ = tiny.encode(row)
     padded = np.zeros((1, 32), np.int32)
     padded[0, : len(tokens)] = tokens
     segments = np.where(np.arange(32) < len(tokens), 0, -1)[None]
@@ -145,7 +145,7 @@ def die(*_):
 
 def poisoned(row, after):
   """The loss of words from number `after` on is NaN."""
-  tokens, mask = tiny.encode(row)
+  tokens, mask, _ = tiny.encode(row)
   return Example(tokens, mask * (np.nan if row["number"] >= after else 1))
 
 

@@ -31,6 +31,28 @@ def test_worked_by_hand():
   np.testing.assert_allclose(got["segment_mean"].mean(), 3.8, rtol=1e-6)
 
 
+def test_weights_of_segments_worked_by_hand():
+  weights = np.float32([[2, 2, 2, 3, 3, 0], [5, 5, 0.5, 0.5, 0.5, 7]])
+  got = {
+    name: reduce.reduce(
+      name, VALUES, MASK, IDS, constant_length=7 if name == "constant" else None, weights=weights
+    )
+    for name in reduce.REDUCTIONS
+  }
+  # (2 + 4) 2 + 0.5 * 10 * 3 + (3 + 6 + 9) 0.5 = 36 over 2 * 2 + 0.5 * 3 + 3 * 0.5 = 7;
+  # 3 * 2 + 10 * 3 + 6 * 0.5 = 39 over 2 + 3 + 5 + 0.5 + 7 = 17.5.
+  np.testing.assert_allclose([got["token_mean"].total, got["token_mean"].weight], [36, 7])
+  np.testing.assert_allclose([got["segment_mean"].total, got["segment_mean"].weight], [39, 17.5])
+  np.testing.assert_allclose([got["constant"].total, got["constant"].weight], [36, 17.5 * 7])
+
+
+def test_equal_weights_are_none():
+  for name in ("token_mean", "segment_mean"):
+    plain = reduce.reduce(name, VALUES, MASK, IDS).mean()
+    weighed = reduce.reduce(name, VALUES, MASK, IDS, weights=np.where(IDS >= 0, np.float32(4), 0))
+    np.testing.assert_allclose(weighed.mean(), plain, rtol=1e-6)
+
+
 @pytest.mark.parametrize("junk", [np.inf, np.nan])
 def test_values_outside_the_mask_are_not_read(junk):
   for name in ("token_mean", "segment_mean"):

@@ -69,10 +69,14 @@ def samples() -> list[dict[str, np.ndarray]]:
         "tokens": rng.integers(0, MODEL.vocab_size, size, dtype=np.int32),
         "positions": np.arange(size, dtype=np.int32),
         "mask": mask,
+        "weights": np.full(size, 1 + index % 3, np.float32),
         "advantages": noise(1.0),
         "old_logprobs": (uniform + noise(0.3)).astype(np.float32),
         "sampler_logprobs": (uniform + noise(0.3)).astype(np.float32),
         "reference_logprobs": (uniform + noise(0.3)).astype(np.float32),
+        "returns": noise(1.0),
+        "old_values": noise(1.0),
+        "positive": mask * np.float32(index % 3 == 0),
       }
     )
   return made

@@ -18,7 +18,7 @@ WIDTH = 12
 @functools.cache
 def params():
   head = np.random.default_rng(4).normal(size=(MEMBERS, tiny.MODEL.width)).astype(np.float32)
-  return heads.from_decoder(tiny.params(), heads.table(tiny.MODEL, MEMBERS) | {heads.HEAD: head})
+  return heads.from_decoder(tiny.params(), head)
 
 
 @functools.cache

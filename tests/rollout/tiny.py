@@ -63,7 +63,8 @@ def trainer_logprobs(
   ends = np.zeros(len(tokens), np.int32)
   ends[:rows] = rollouts.length
   segments = np.where(index < ends[:, None], 0, -1).astype(np.int32)
-  batch = Batch(tokens, index, segments, np.zeros(tokens.shape, np.float32))
+  unread = np.zeros(tokens.shape, np.float32)
+  batch = Batch(tokens, index, segments, unread, unread)
   logprobs = np.asarray(_score(temperature)(params, batch))[:rows, :length]
   index = index[:rows, :length]
   return logprobs, (index >= rollouts.prompt_length[:, None]) & (index < rollouts.length[:, None])

@@ -30,7 +30,7 @@ OBJECTIVES = {
 def params():
   """The trunk of the tiny model and a head of a size that makes mistakes show."""
   head = np.random.default_rng(4).normal(size=(MEMBERS, tiny.MODEL.width)).astype(np.float32)
-  return heads.from_decoder(tiny.params(), TABLE | {heads.HEAD: head})
+  return heads.from_decoder(tiny.params(), head)
 
 
 @functools.cache

@@ -74,6 +74,28 @@ def test_weights_of_tokens_are_read():
   np.testing.assert_allclose(metrics["loss/weight"], 0.25)
 
 
+@pytest.mark.parametrize("reduction", ["token_mean", "segment_mean"])
+def test_weights_of_segments_are_read(reduction):
+  """A sample of weight w counts as w samples, in the objective and in the metrics."""
+  fields, rng = tiny.fields(), np.random.default_rng(5)
+  logprobs, _, _ = tiny.numpy_statistics(1.0)
+  weights, total, count, nats, tokens = np.zeros_like(fields["weights"]), 0.0, 0.0, 0.0, 0.0
+  for row, place in tiny.segments():
+    weight = weights[row, place] = np.float32(rng.uniform(0.2, 3))
+    weight, values = weight.flat[0], -logprobs[row][place & (fields["mask"][row] > 0)]
+    total, count = total + weight * values.mean(), count + weight
+    nats, tokens = nats + weight * values.sum(), tokens + weight * len(values)
+  state, metrics = run(reduction, tiny.batch(Batch, weights=weights))
+  loss = nats / tokens if reduction == "token_mean" else total / count
+  np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-5)
+  np.testing.assert_allclose(metrics["loss/nats_per_token"], nats / tokens, rtol=2e-5)
+  weight = tokens if reduction == "token_mean" else count
+  np.testing.assert_allclose(metrics["loss/weight"], weight, rtol=1e-5)
+  other, _ = run(reduction, tiny.batch(Batch, 4, weights=weights))
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, other.params, state.params)
+
+
 def test_a_nan_does_not_hide():
   """Neither the clip nor the division nor a mean over microbatches swallows it."""
   broken = dict(tiny.params())

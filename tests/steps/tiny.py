@@ -44,7 +44,8 @@ def state():
 
 
 def fields() -> dict[str, np.ndarray]:
-  """Every field of a `PolicyBatch`: rows of two samples and padding, with unequal lengths."""
+  """Every field of `Batch` and `PolicyBatch`: rows of two samples of unequal lengths
+  and padding."""
   rng = np.random.default_rng(0)
   shape = (ROWS, LENGTH)
   batch = {
@@ -52,17 +53,21 @@ def fields() -> dict[str, np.ndarray]:
     "positions": np.zeros(shape, np.int32),
     "segment_ids": np.full(shape, -1, np.int32),
     "mask": np.zeros(shape, np.float32),
+    "weights": np.zeros(shape, np.float32),
   }
   for row in range(ROWS):
     first, end = 3 + row % 4, 8 + row % 5
     for segment, (a, b) in enumerate(((0, first), (first, end))):
       batch["positions"][row, a:b] = np.arange(b - a)
       batch["segment_ids"][row, a:b] = segment
+      batch["weights"][row, a:b] = 1
       batch["mask"][row, a + 1 + row % 2 : b] = 1
     batch["tokens"][row, end:] = 0
-  for name, center in (("advantages", 0), *((f"{k}_logprobs", -3.5) for k in KINDS)):
+  zero = (("advantages", 0), ("returns", 0), ("old_values", 0))
+  for name, center in (zero[0], *((f"{k}_logprobs", -3.5) for k in KINDS), *zero[1:]):
     values = center + rng.normal(scale=0.5, size=shape)
     batch[name] = (values * batch["mask"]).astype(np.float32)
+  batch["positive"] = batch["mask"] * (batch["segment_ids"] == 0)
   return batch
 
 
