@@ -21,6 +21,7 @@ from pt_jax.data.tokenizers import Tokenizer
 from pt_jax.losses.objective import Objective
 from pt_jax.losses.preference_objective import PreferenceObjective
 from pt_jax.losses.reduce import Reduction
+from pt_jax.losses.reward import RewardObjective
 from pt_jax.models.config import ModelConfig
 from pt_jax.rewards.judges import Judge
 from pt_jax.rewards.stack import RewardStack
@@ -116,6 +117,30 @@ class Supervised(Offline):
 
   data: Callable[[Tokenizer], SupervisedData]
   reduction: Reduction = "token_mean"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reward(Offline):
+  """A reward model: the trunk of the policy that it starts from under a fresh head, trained whole.
+
+  It leaves a tree of `models.heads.table(config, members)`, no policy.
+  """
+
+  leaves_policy: ClassVar[bool] = False
+  data: Callable[[Tokenizer], ComparisonData]
+  objective: RewardObjective
+  members: int = 1  # heads of the ensemble, on one trunk
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.members < 1:
+      raise ValueError(f"stage {self.name}: members: expected at least 1, found {self.members}")
+    if self.objective.bootstrap and self.members == 1:
+      raise ValueError(f"stage {self.name}: bootstrap: expected members > 1, found 1")
+    if self.sample_every:
+      raise ValueError(
+        f"stage {self.name}: sample_every: a reward model writes nothing, found {self.sample_every}"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -362,7 +387,7 @@ class Evaluate:
   start: str | None = None  # stage whose parameters it starts from; None: see `Experiment`
 
 
-Stage = Supervised | Preference | Online | OnlinePreference | Evaluate
+Stage = Supervised | Reward | Preference | Online | OnlinePreference | Evaluate
 
 
 @dataclasses.dataclass(frozen=True)

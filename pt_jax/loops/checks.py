@@ -24,12 +24,14 @@ from pt_jax.experiment import (
   Online,
   OnlinePreference,
   Preference,
+  Reward,
   Stage,
 )
-from pt_jax.loops import preference, supervised
+from pt_jax.loops import preference, reward_model, supervised
 from pt_jax.loops.context import in_stage
 from pt_jax.loops.diagnostics import SAMPLE_METRICS
 from pt_jax.loops.rollouts import CORRECT
+from pt_jax.models import heads
 from pt_jax.models.config import ModelConfig
 from pt_jax.sharding import USE
 from pt_jax.weights import Table
@@ -62,7 +64,8 @@ def check_stage(
   """Raises ValueError naming the stage and what of it cannot run."""
   with in_stage(stage.name):
     if isinstance(stage, Offline):
-      stage.optimizer.transform(table)
+      trained = heads.table(config, stage.members) if isinstance(stage, Reward) else table
+      stage.optimizer.transform(trained)
       _check_offline(stage, config, tokenizer, mesh)
     else:
       if isinstance(stage, Online | OnlinePreference):
@@ -78,6 +81,8 @@ def _check_offline(
   _check_rows(rows, stage.layout.row_length, config, mesh)
   _check_stop(stage.stop, _logged(stage))
   data = stage.data(tokenizer)
+  if isinstance(stage, Reward):
+    data = reward_model.checked(stage.data(tokenizer), stage.objective.kind)
   if isinstance(stage, Preference):
     data = preference.checked(stage.data(tokenizer))
   for source in (*data.train.sources.values(), data.held_out):
@@ -96,6 +101,8 @@ def _check_offline(
 
 def _logged(stage: Offline) -> set[str]:
   """The metrics that a stage logs, those under names of its data apart."""
+  if isinstance(stage, Reward):
+    return set(reward_model.metrics_of(stage))
   if isinstance(stage, Preference):
     step, evaluation = preference.metric_names(stage.objective)
   else:

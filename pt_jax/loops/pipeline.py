@@ -16,10 +16,11 @@ from pt_jax.experiment import (
   Online,
   OnlinePreference,
   Preference,
+  Reward,
   Stage,
   Supervised,
 )
-from pt_jax.loops import preference, report
+from pt_jax.loops import preference, report, reward_model
 from pt_jax.loops.checks import check_model, check_stage
 from pt_jax.loops.context import Context, initial_params
 from pt_jax.loops.evaluation import run_evaluate
@@ -27,6 +28,7 @@ from pt_jax.loops.offline import Outputs, read_outputs
 from pt_jax.loops.online import run_online
 from pt_jax.loops.online_preference import run_online_preference
 from pt_jax.loops.preference import run_preference
+from pt_jax.loops.reward_model import run_reward
 from pt_jax.loops.run import Run
 from pt_jax.loops.supervised import run_supervised
 from pt_jax.models import decoder, hf
@@ -45,7 +47,8 @@ PICTURES = (
 
 # Pictures of what a kind of stage kept of its last held-out evaluation: (stage's name, outputs) ->
 PICTURED: dict[type[Offline], Callable[[str, Outputs], list[report.Drawn]]] = {
-  Preference: preference.draw
+  Preference: preference.draw,
+  Reward: reward_model.draw,
 }
 Results = dict[str, dict[str, float]]  # stage name -> its figures
 
@@ -158,6 +161,8 @@ def _policy_of(
 def _run_stage(stage: Stage, context: Context) -> tuple[Params, dict[str, float]]:
   if isinstance(stage, Supervised):
     return run_supervised(stage, context)
+  if isinstance(stage, Reward):
+    return run_reward(stage, context)
   if isinstance(stage, Preference):
     return run_preference(stage, context)
   if isinstance(stage, Online):
