@@ -304,6 +304,19 @@ Pairing = Literal["best_worst", "random", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardModel:
+  """Scores by what a `Reward` stage of the same experiment left."""
+
+  stage: str
+  members: int = 1  # those of that stage
+  pessimism: float = 0.0  # stds over the members that are taken off their mean
+
+  def __post_init__(self):
+    if self.pessimism < 0:
+      raise ValueError(f"judge.pessimism: expected a number >= 0, found {self.pessimism}")
+
+
+@dataclasses.dataclass(frozen=True)
 class OnlinePreference:
   """A preference objective on completions of the policy itself. A step is one batch of rollouts.
 
@@ -323,7 +336,7 @@ class OnlinePreference:
   group_size: int  # completions per prompt
   rows: int  # packed rows of one microbatch (all hosts); an update computes as many as it needs
   row_length: int  # also the longest pair: two times a prompt with its completion
-  judge: Judge | None = None  # scores the completions that are trained on
+  judge: Judge | RewardModel | None = None  # scores the completions that are trained on
   pairing: Pairing = "best_worst"  # or one random pair, or all pairs, with different scores
   threshold: float = 0.5  # for unpaired objectives: a completion that scores more is right
   refresh_every: int = 1  # steps whose completions are drawn from the same weights
@@ -418,3 +431,10 @@ class Experiment:
           f"stage {stage.name}: start: expected a stage before it, one of {before}, found "
           f"{stage.start!r}"
         )
+      if isinstance(stage, OnlinePreference) and isinstance(judge := stage.judge, RewardModel):
+        left = [(s.name, s.members) for s in self.stages[:i] if isinstance(s, Reward)]
+        if (judge.stage, judge.members) not in left:
+          raise ValueError(
+            f"stage {stage.name}: judge: expected a reward stage before it and its members, one of "
+            f"{left}, found {(judge.stage, judge.members)}"
+          )
