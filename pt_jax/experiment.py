@@ -278,6 +278,7 @@ class Experiment:
   tokenizer: Callable[[], Tokenizer]
   model: ModelConfig | None = None  # from scratch; or
   checkpoint: str | None = None  # a folder in HF format, its config and its weights
+  initial: str | None = None  # with `model`: what a stage of another run left, RUN/params/STAGE
   mesh: MeshShape = MeshShape()
   zero: int = 1
   seed: int = 0
@@ -285,6 +286,8 @@ class Experiment:
   def __post_init__(self):
     if (self.model is None) == (self.checkpoint is None):
       raise ValueError(f"experiment {self.name}: give either model or checkpoint")
+    if self.initial is not None and self.model is None:
+      raise ValueError(f"experiment {self.name}: initial needs model, found a checkpoint")
     names = [stage.name for stage in self.stages]
     if not names or len(set(names)) < len(names):
       raise ValueError(f"experiment {self.name}: stages need distinct names, found {names}")
