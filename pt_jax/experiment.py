@@ -8,7 +8,7 @@ another run.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pt_jax.data.groups import Group
 from pt_jax.data.mixtures import Mixture
@@ -18,6 +18,7 @@ from pt_jax.data.sources import Source
 from pt_jax.data.tasks import Problem, Task
 from pt_jax.data.tokenizers import Tokenizer
 from pt_jax.losses.objective import Objective
+from pt_jax.losses.preference_objective import PreferenceObjective
 from pt_jax.losses.reduce import Reduction
 from pt_jax.models.config import ModelConfig
 from pt_jax.rewards.stack import RewardStack
@@ -113,6 +114,31 @@ class Supervised(Offline):
 
   data: Callable[[Tokenizer], SupervisedData]
   reduction: Reduction = "token_mean"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preference(Offline):
+  """Preference optimisation on given pairs, or on single completions that are right or wrong.
+
+  Its reference is the policy that it starts from. Held-out rows are pairs for every objective.
+  """
+
+  data: Callable[[Tokenizer], ComparisonData]
+  objective: PreferenceObjective
+  # Log-probs under the reference: "online" computes them with every batch, "cached" once, before
+  # the first update, and keeps them in the folder of the run.
+  reference: Literal["online", "cached"] = "online"
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.reference not in ("online", "cached"):
+      raise ValueError(
+        f"stage {self.name}: reference: expected online or cached, found {self.reference!r}"
+      )
+    if self.reference == "cached" and not self.objective.reference:
+      raise ValueError(
+        f"stage {self.name}: reference: the objective has none, expected online, found 'cached'"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +290,7 @@ class Evaluate:
   start: str | None = None  # stage whose parameters it starts from; None: see `Experiment`
 
 
-Stage = Supervised | Online | Evaluate
+Stage = Supervised | Preference | Online | Evaluate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,10 @@ since one that leaves no room for an answer would otherwise end a run in its mid
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 
@@ -15,8 +17,15 @@ from pt_jax import sharding, weights
 from pt_jax.data import pipeline
 from pt_jax.data.sources import Source, Subset
 from pt_jax.data.tokenizers import Tokenizer
-from pt_jax.experiment import EarlyStop, Evaluate, Offline, Online, Stage, Supervised
-from pt_jax.loops import supervised
+from pt_jax.experiment import (
+  EarlyStop,
+  Evaluate,
+  Offline,
+  Online,
+  Preference,
+  Stage,
+)
+from pt_jax.loops import preference, supervised
 from pt_jax.loops.context import in_stage
 from pt_jax.loops.diagnostics import SAMPLE_METRICS
 from pt_jax.loops.rollouts import CORRECT
@@ -68,8 +77,14 @@ def _check_offline(
   _check_rows(rows, stage.layout.row_length, config, mesh)
   _check_stop(stage.stop, _logged(stage))
   data = stage.data(tokenizer)
+  if isinstance(stage, Preference):
+    data = preference.checked(stage.data(tokenizer))
   for source in (*data.train.sources.values(), data.held_out):
     _check_first_row(source, data.encode, stage.layout, data.form)
+    if isinstance(stage, Preference):
+      held_out = source is data.held_out
+      check = functools.partial(preference.check_kind, objective=stage.objective)
+      _check_comparison(source, data.encode, functools.partial(check, held_out=held_out))
   if stage.sample_every:
     assert stage.sampling is not None  # see `Offline`
     if not data.prompts:
@@ -80,9 +95,11 @@ def _check_offline(
 
 def _logged(stage: Offline) -> set[str]:
   """The metrics that a stage logs, those under names of its data apart."""
-  assert isinstance(stage, Supervised)
-  names = supervised.METRICS + supervised.EVALUATION_METRICS
-  return {*names, *(SAMPLE_METRICS if stage.sample_every else ())}
+  if isinstance(stage, Preference):
+    step, evaluation = preference.metric_names(stage.objective)
+  else:
+    step, evaluation = supervised.METRICS, supervised.EVALUATION_METRICS
+  return {*step, *evaluation, *(SAMPLE_METRICS if stage.sample_every else ())}
 
 
 def _check_stop(rules: Iterable[EarlyStop], logged: set[str]) -> None:
@@ -109,6 +126,16 @@ def _check_first_row(
     length = max(length, form.length(encode(source[0])))
   one = dataclasses.replace(layout, batch_size=1, row_length=length)
   next(iter(pipeline.eval_batches(Subset(source, [0]), encode, one, form=form)))
+
+
+def _check_comparison(
+  source: Source, encode: pipeline.Encode, check: Callable[[Any], None]
+) -> None:
+  """The first row holds what the objective compares."""
+  try:
+    check(encode(source[0]))
+  except ValueError as error:
+    raise ValueError(f"{source.where(0)}: {error}") from error
 
 
 def _check_prompts(
