@@ -22,13 +22,16 @@ from pt_jax.experiment import (
   Evaluate,
   Offline,
   Online,
+  OnlinePreference,
   Preference,
+  Reward,
   Stage,
 )
-from pt_jax.loops import preference, supervised
+from pt_jax.loops import preference, reward_model, supervised
 from pt_jax.loops.context import in_stage
 from pt_jax.loops.diagnostics import SAMPLE_METRICS
 from pt_jax.loops.rollouts import CORRECT
+from pt_jax.models import heads
 from pt_jax.models.config import ModelConfig
 from pt_jax.sharding import USE
 from pt_jax.weights import Table
@@ -61,10 +64,11 @@ def check_stage(
   """Raises ValueError naming the stage and what of it cannot run."""
   with in_stage(stage.name):
     if isinstance(stage, Offline):
-      stage.optimizer.transform(table)
+      trained = heads.table(config, stage.members) if isinstance(stage, Reward) else table
+      stage.optimizer.transform(trained)
       _check_offline(stage, config, tokenizer, mesh)
     else:
-      if isinstance(stage, Online):
+      if isinstance(stage, Online | OnlinePreference):
         stage.optimizer.transform(table)
         _check_rows(stage.rows, stage.row_length, config, mesh)
       _check_problems(stage, tokenizer, config, mesh)
@@ -77,6 +81,8 @@ def _check_offline(
   _check_rows(rows, stage.layout.row_length, config, mesh)
   _check_stop(stage.stop, _logged(stage))
   data = stage.data(tokenizer)
+  if isinstance(stage, Reward):
+    data = reward_model.checked(stage.data(tokenizer), stage.objective.kind)
   if isinstance(stage, Preference):
     data = preference.checked(stage.data(tokenizer))
   for source in (*data.train.sources.values(), data.held_out):
@@ -95,6 +101,8 @@ def _check_offline(
 
 def _logged(stage: Offline) -> set[str]:
   """The metrics that a stage logs, those under names of its data apart."""
+  if isinstance(stage, Reward):
+    return set(reward_model.metrics_of(stage))
   if isinstance(stage, Preference):
     step, evaluation = preference.metric_names(stage.objective)
   else:
@@ -151,7 +159,10 @@ def _check_prompts(
 
 
 def _check_problems(
-  stage: Online | Evaluate, tokenizer: Tokenizer, config: ModelConfig, mesh: jax.sharding.Mesh
+  stage: Online | OnlinePreference | Evaluate,
+  tokenizer: Tokenizer,
+  config: ModelConfig,
+  mesh: jax.sharding.Mesh,
 ) -> None:
   sharding.check_divides("slots", (stage.slots,), ("batch",), USE, mesh)
   problems, stack = stage.problems(tokenizer), stage.rewards()
@@ -160,11 +171,13 @@ def _check_problems(
     raise ValueError(
       f"expected a reward component named {CORRECT!r} (pass@1 is its mean), found {names}"
     )
-  count = stage.evaluate_problems if isinstance(stage, Online) else stage.count
+  count = stage.count if isinstance(stage, Evaluate) else stage.evaluate_problems
   if len(problems.held_out) < count:
     raise ValueError(f"held-out problems: expected {count}, found {len(problems.held_out)}")
-  room = stage.row_length if isinstance(stage, Online) else config.max_length
-  train = problems.train if isinstance(stage, Online) else ()
+  room = config.max_length if isinstance(stage, Evaluate) else stage.row_length
+  if isinstance(stage, OnlinePreference):
+    room //= stage.completions_per_group
+  train = () if isinstance(stage, Evaluate) else problems.train
   asked = itertools.chain(train, itertools.islice(problems.held_out, count))
   prompts = ((f"problem {problem.id}", problems.encode(problem)) for problem in asked)
   _check_prompts(prompts, room, stage.sampling.max_tokens)

@@ -10,15 +10,32 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 
+<<<<<<< HEAD
 from pt_jax import checkpoint, sharding, weights
 from pt_jax.experiment import Experiment, Offline, Online, Preference, Stage, Supervised
 from pt_jax.loops import preference, report
+=======
+from pt_jax import sharding
+from pt_jax.experiment import (
+  Experiment,
+  Offline,
+  Online,
+  OnlinePreference,
+  Preference,
+  Reward,
+  Stage,
+  Supervised,
+)
+from pt_jax.loops import preference, report, reward_model
+>>>>>>> main
 from pt_jax.loops.checks import check_model, check_stage
 from pt_jax.loops.context import Context, initial_params
 from pt_jax.loops.evaluation import run_evaluate
 from pt_jax.loops.offline import Outputs, read_outputs
 from pt_jax.loops.online import run_online
+from pt_jax.loops.online_preference import run_online_preference
 from pt_jax.loops.preference import run_preference
+from pt_jax.loops.reward_model import run_reward
 from pt_jax.loops.run import Run
 from pt_jax.loops.supervised import run_supervised
 from pt_jax.models import decoder, hf
@@ -37,7 +54,8 @@ PICTURES = (
 
 # Pictures of what a kind of stage kept of its last held-out evaluation: (stage's name, outputs) ->
 PICTURED: dict[type[Offline], Callable[[str, Outputs], list[report.Drawn]]] = {
-  Preference: preference.draw
+  Preference: preference.draw,
+  Reward: reward_model.draw,
 }
 Results = dict[str, dict[str, float]]  # stage name -> its figures
 
@@ -153,10 +171,14 @@ def _policy_of(
 def _run_stage(stage: Stage, context: Context) -> tuple[Params, dict[str, float]]:
   if isinstance(stage, Supervised):
     return run_supervised(stage, context)
+  if isinstance(stage, Reward):
+    return run_reward(stage, context)
   if isinstance(stage, Preference):
     return run_preference(stage, context)
   if isinstance(stage, Online):
     return run_online(stage, context)
+  if isinstance(stage, OnlinePreference):
+    return run_online_preference(stage, context)
   return run_evaluate(stage, context)
 
 
