@@ -10,12 +10,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 
-<<<<<<< HEAD
 from pt_jax import checkpoint, sharding, weights
-from pt_jax.experiment import Experiment, Offline, Online, Preference, Stage, Supervised
-from pt_jax.loops import preference, report
-=======
-from pt_jax import sharding
 from pt_jax.experiment import (
   Experiment,
   Offline,
@@ -27,7 +22,6 @@ from pt_jax.experiment import (
   Supervised,
 )
 from pt_jax.loops import preference, report, reward_model
->>>>>>> main
 from pt_jax.loops.checks import check_model, check_stage
 from pt_jax.loops.context import Context, initial_params
 from pt_jax.loops.evaluation import run_evaluate
