@@ -14,8 +14,9 @@ import jax
 from pt_jax import sharding, weights
 from pt_jax.data import pipeline
 from pt_jax.data.sources import Source, Subset
+from pt_jax.data.tasks import Problem
 from pt_jax.data.tokenizers import Tokenizer
-from pt_jax.experiment import EarlyStop, Evaluate, Offline, Online, Stage, Supervised
+from pt_jax.experiment import EarlyStop, Evaluate, Offline, Online, Problems, Stage, Supervised
 from pt_jax.loops import supervised
 from pt_jax.loops.context import in_stage
 from pt_jax.loops.diagnostics import SAMPLE_METRICS
@@ -137,7 +138,17 @@ def _check_problems(
   if len(problems.held_out) < count:
     raise ValueError(f"held-out problems: expected {count}, found {len(problems.held_out)}")
   room = stage.row_length if isinstance(stage, Online) else config.max_length
-  train = problems.train if isinstance(stage, Online) else ()
+  train = _trained_on(stage, problems) if isinstance(stage, Online) else ()
   asked = itertools.chain(train, itertools.islice(problems.held_out, count))
   prompts = ((f"problem {problem.id}", problems.encode(problem)) for problem in asked)
   _check_prompts(prompts, room, stage.sampling.max_tokens)
+
+
+def _trained_on(stage: Online, problems: Problems) -> Iterable[Problem]:
+  """All problems that the stage may draw."""
+  if stage.curriculum is None:
+    return problems.train
+  least, found = max(2, stage.curriculum.first + 1), len(problems.levels)
+  if found < least:
+    raise ValueError(f"curriculum: expected at least {least} levels of problems, found {found}")
+  return itertools.chain(*problems.levels)
