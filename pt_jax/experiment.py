@@ -8,7 +8,7 @@ another run.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pt_jax.data.groups import Group
 from pt_jax.data.mixtures import Mixture
@@ -18,7 +18,9 @@ from pt_jax.data.sources import Source
 from pt_jax.data.tasks import Problem, Task
 from pt_jax.data.tokenizers import Tokenizer
 from pt_jax.losses.objective import Objective
+from pt_jax.losses.preference_objective import PreferenceObjective
 from pt_jax.losses.reduce import Reduction
+from pt_jax.losses.reward import RewardObjective
 from pt_jax.models.config import ModelConfig
 from pt_jax.rewards.stack import RewardStack
 from pt_jax.rewards.verifiers import Completion
@@ -113,6 +115,55 @@ class Supervised(Offline):
 
   data: Callable[[Tokenizer], SupervisedData]
   reduction: Reduction = "token_mean"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reward(Offline):
+  """A reward model: the trunk of the policy that it starts from under a fresh head, trained whole.
+
+  It leaves a tree of `models.heads.table(config, members)`, no policy.
+  """
+
+  leaves_policy: ClassVar[bool] = False
+  data: Callable[[Tokenizer], ComparisonData]
+  objective: RewardObjective
+  members: int = 1  # heads of the ensemble, on one trunk
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.members < 1:
+      raise ValueError(f"stage {self.name}: members: expected at least 1, found {self.members}")
+    if self.objective.bootstrap and self.members == 1:
+      raise ValueError(f"stage {self.name}: bootstrap: expected members > 1, found 1")
+    if self.sample_every:
+      raise ValueError(
+        f"stage {self.name}: sample_every: a reward model writes nothing, found {self.sample_every}"
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preference(Offline):
+  """Preference optimisation on given pairs, or on single completions that are right or wrong.
+
+  Its reference is the policy that it starts from. Held-out rows are pairs for every objective.
+  """
+
+  data: Callable[[Tokenizer], ComparisonData]
+  objective: PreferenceObjective
+  # Log-probs under the reference: "online" computes them with every batch, "cached" once, before
+  # the first update, and keeps them in the folder of the run.
+  reference: Literal["online", "cached"] = "online"
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.reference not in ("online", "cached"):
+      raise ValueError(
+        f"stage {self.name}: reference: expected online or cached, found {self.reference!r}"
+      )
+    if self.reference == "cached" and not self.objective.reference:
+      raise ValueError(
+        f"stage {self.name}: reference: the objective has none, expected online, found 'cached'"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +374,7 @@ class Evaluate:
   start: str | None = None  # stage whose parameters it starts from; None: see `Experiment`
 
 
-Stage = Supervised | Online | Evaluate
+Stage = Supervised | Reward | Preference | Online | Evaluate
 
 
 @dataclasses.dataclass(frozen=True)
