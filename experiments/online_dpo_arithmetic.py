@@ -3,16 +3,16 @@
   python -m launch.local experiments.online_dpo_arithmetic:online_dpo
   python -m launch.local experiments.online_dpo_arithmetic --algorithm dpo --refresh-every 4
 
-The cold start, the problems and the rewards are those of `experiments.grpo_arithmetic`. At every
-step the policy answers 24 problems 8 times; the verifier orders the answers to a problem, and the
-best stands against the worst (DPO, IPO), or each is right or wrong (KTO).
+The cold start, the problems and the rewards are those of `experiments.arithmetic`. At every step
+the policy answers 24 problems 8 times; the verifier orders the answers to a problem, and the best
+stands against the worst (DPO, IPO), or each is right or wrong (KTO).
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
-from experiments import grpo_arithmetic
+from experiments import arithmetic
 from pt_jax.experiment import Experiment, Online, OnlinePreference
 from pt_jax.losses import preference_objective as objectives
 from pt_jax.losses.preference_objective import PreferenceObjective
@@ -29,6 +29,7 @@ OBJECTIVES: dict[str, Callable[[float], PreferenceObjective]] = {
 def config(
   *,
   algorithm: Algorithm = "dpo",
+  initial: str | None = None,
   sft_steps: int = 400,
   steps: int = 30,
   lr: float = 1e-4,
@@ -40,10 +41,11 @@ def config(
   reference_every: int = 0,
   seed: int = 0,
 ) -> Experiment:
-  """A cold start, then the chosen objective on what the policy samples.
+  """A cold start (or the one that another run left), then the objective on what the policy samples.
 
   Args:
     algorithm: the objective.
+    initial: what the stage `sft` of another run left; without it the cold start is trained here.
     sft_steps: updates of the cold start.
     steps: batches of samples.
     lr: peak learning rate of the preference stage.
@@ -57,8 +59,9 @@ def config(
   """
   if algorithm not in OBJECTIVES:
     raise ValueError(f"algorithm: expected one of {', '.join(OBJECTIVES)}, found {algorithm!r}")
-  base = grpo_arithmetic.config(sft_steps=sft_steps, seed=seed)
-  online = next(stage for stage in base.stages if isinstance(stage, Online))
+  base = arithmetic.config(initial=initial, sft_steps=sft_steps, seed=seed)
+  *before, online = base.stages
+  assert isinstance(online, Online)
   updates = steps * minibatches
   stage = OnlinePreference(
     name="preference",
@@ -77,8 +80,7 @@ def config(
     reference_every=reference_every,
     checkpoint_every=10,
   )
-  stages = (*(other for other in base.stages if not isinstance(other, Online)), stage)
-  return dataclasses.replace(base, name="online_preference_arithmetic", stages=stages)
+  return dataclasses.replace(base, name="online_preference_arithmetic", stages=(*before, stage))
 
 
 def online_dpo(*, seed: int = 0) -> Experiment:
