@@ -1,9 +1,14 @@
-"""draft"""
+"""A reward model on pairs of answers from hh-rlhf (arXiv 2204.05862), trained from scratch.
+
+  python -m launch.local experiments.rm_hh
+  python -m launch.local experiments.rm_hh:single
+  python -m launch.local experiments.rm_hh:centered
+
+DOCSTRING
+"""
 
 import dataclasses
 import functools
-import gzip
-import json
 import re
 import tempfile
 import zlib
@@ -23,124 +28,203 @@ from pt_jax.data.messages import Message
 from pt_jax.data.mixtures import Mixture
 from pt_jax.data.packing import Example
 from pt_jax.data.pipeline import Layout
-from pt_jax.data.sources import MemorySource
+from pt_jax.data.sources import Source, Subset, open_source
 from pt_jax.data.tokenizers import Tokenizer
 from pt_jax.experiment import ComparisonData, Experiment, Reward, Supervised, SupervisedData
 from pt_jax.losses.reward import RewardObjective
 from pt_jax.steps.optimizer import AdamW
 
-PATH = "../shared/data/hh_rlhf/test.jsonl.gz"  # 2312 rows {"chosen", "rejected"}
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+PAIRS = "../shared/data/hh_rlhf/test.jsonl.gz"  # 2312 rows {"chosen", "rejected"}, harmless-base
 TEMPLATE = "chatml"
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TURN = re.compile(r"\n\n(Human|Assistant):")
 Part = Literal["train", "validation", "held_out"]
 
 
 def messages(transcript: str) -> list[Message]:
+  """The turns of a transcript, "\\n\\nHuman: ... \\n\\nAssistant: ..."."""
+  turns: list[Message] = []
   parts = TURN.split(transcript)
-  roles = {"Human": "user", "Assistant": "assistant"}
-  return [
-    {"role": roles[who], "content": text.strip()} for who, text in zip(parts[1::2], parts[2::2])
-  ]
+  for who, text in zip(parts[1::2], parts[2::2]):
+    content = text.strip()
+    turns.append(
+      {"role": "user", "content": content}
+      if who == "Human"
+      else {"role": "assistant", "content": content}
+    )
+  return turns
 
 
-def part_of(row: Mapping[str, Any]) -> Part:
-  opening = TURN.split(row["chosen"])[2].strip().lower()
+def comparable(row: Mapping[str, str]) -> bool:
+  """Whether the two sides are one conversation that ends with two answers, neither empty."""
+  chosen, rejected = messages(row["chosen"]), messages(row["rejected"])
+  ends = [side[-1] for side in (chosen, rejected) if side]
+  answered = len(ends) == 2 and all(e["role"] == "assistant" and e["content"] for e in ends)
+  return answered and chosen[:-1] == rejected[:-1] and chosen != rejected
+
+
+def part_of(row: Mapping[str, str]) -> Part:
+  """By a hash of the opening question, so conversations that begin alike are on one side: 3 of 10
+  held out, 2 for validation."""
+  opening = messages(row["chosen"])[0]["content"].lower()
   place = zlib.crc32(opening.encode()) % 10
   return "held_out" if place < 3 else "validation" if place < 5 else "train"
 
 
 @functools.cache
-def rows(path: str) -> dict[Part, list[dict[str, str]]]:
-  kept: dict[Part, list[dict[str, str]]] = {"train": [], "validation": [], "held_out": []}
-  with gzip.open(path, "rt", encoding="utf-8") as file:
-    source = [json.loads(line) for line in file]
-  for row in source:
-    chosen, rejected = messages(row["chosen"]), messages(row["rejected"])
-    if chosen[:-1] == rejected[:-1] and all(
-      side[-1]["role"] == "assistant" and side[-1]["content"] for side in (chosen, rejected)
-    ) and chosen != rejected:
-      kept[part_of(row)].append(row)
-  return kept
+def rows_of(path: str, *parts: Part) -> Source:
+  """The comparable rows of these parts."""
+  source = open_source(path, ("chosen", "rejected"))
+  rows = [source[i] for i in range(len(source))]
+  return Subset(source, [i for i, r in enumerate(rows) if comparable(r) and part_of(r) in parts])
 
 
 @functools.cache
-def bpe(path: str, vocab_size: int) -> Tokenizer:
+def byte_pairs(path: str, vocab_size: int) -> Tokenizer:
+  """A byte-level BPE learned from the chosen transcripts of the training rows."""
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size,
     special_tokens=list(SPECIAL),
-    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     show_progress=False,
   )
-  tokenizer.train_from_iterator((row["chosen"] for row in rows(path)["train"]), trainer)
+  rows = rows_of(path, "train")
+  tokenizer.train_from_iterator((rows[i]["chosen"] for i in range(len(rows))), trainer)
   with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "tokenizer.json"
     tokenizer.save(str(file))
     return HFTokenizer(file)
 
 
-def parts(path: str, validate: bool):
-  r = rows(path)
-  if validate: return r["train"], r["validation"]
-  return r["train"] + r["validation"], r["held_out"]
+def split(path: str, evaluate_on: Part) -> tuple[Source, Source]:
+  """(rows to train on, rows to evaluate on): what the validation rows chose is then trained on them
+  too."""
+  if evaluate_on == "held_out":
+    return rows_of(path, "train", "validation"), rows_of(path, "held_out")
+  return rows_of(path, "train"), rows_of(path, evaluate_on)
 
 
-def clip_chat(chat, turns):
-  return chat[-turns:] if turns else chat
-
-def transcripts(tokenizer: Tokenizer, *, path: str, validate: bool, seed: int) -> SupervisedData:
+def transcripts(tokenizer: Tokenizer, *, path: str, evaluate_on: Part, seed: int) -> SupervisedData:
+  """The chosen transcripts, of which the assistant's turns are trained."""
   template = load_template(TEMPLATE, tokenizer=tokenizer)
-  def encode(row):
+
+  def encode(row: Mapping[str, Any]) -> Example:
     encoded = encode_chat(messages(row["chosen"]), tokenizer, template)
     return Example(encoded.tokens, encoded.mask)
-  train, held_out = parts(path, validate)
-  return SupervisedData(Mixture({"hh": MemorySource(train, path)}, seed=seed), MemorySource(held_out, path), encode)
+
+  train, held_out = split(path, evaluate_on)
+  return SupervisedData(Mixture({"transcripts": train}, seed=seed), held_out, encode)
 
 
-def pairs(tokenizer: Tokenizer, *, path: str, validate: bool, seed: int, turns: int) -> ComparisonData:
+def pairs(tokenizer: Tokenizer, *, path: str, evaluate_on: Part, seed: int) -> ComparisonData:
+  """The two answers, each behind the last question alone."""
   template = load_template(TEMPLATE, tokenizer=tokenizer)
-  def encode(row):
-    completions = []
-    for side in ("chosen", "rejected"):
-      encoded = encode_chat(clip_chat(messages(row[side]), turns), tokenizer, template, turns="last")
-      completions.append(Example(encoded.tokens, encoded.mask))
-    return Group(tuple(completions), (1.0, 0.0))
-  train, held_out = parts(path, validate)
-  return ComparisonData(Mixture({"hh": MemorySource(train, path)}, seed=seed), MemorySource(held_out, path), encode, slice=turns_of)
 
-def turns_of(row) -> str:
-  n = len(messages(row["chosen"])) // 2
-  return f"{n}_turns" if n < 4 else "4_turns_or_more"
+  def example(transcript: str) -> Example:
+    encoded = encode_chat(messages(transcript)[-2:], tokenizer, template, turns="last")
+    return Example(encoded.tokens, encoded.mask)
+
+  def encode(row: Mapping[str, Any]) -> Group:
+    return Group((example(row["chosen"]), example(row["rejected"])), (1.0, 0.0))
+
+  train, held_out = split(path, evaluate_on)
+  return ComparisonData(Mixture({"pairs": train}, seed=seed), held_out, encode, slice=by_length)
+
+
+def by_length(row: Mapping[str, str]) -> str:
+  """Whether the chosen answer is shorter: a model of lengths alone is right in one slice."""
+  shorter = len(row["chosen"]) < len(row["rejected"])
+  return "chosen_shorter" if shorter else "chosen_not_shorter"
 
 
 def config(
-  *, path: str = PATH, validate: bool = True, sft_steps: int = 120, steps: int = 120, sft_lr: float = 2e-3, lr: float = 5e-4,
-  members: int = 3, center: float = 0.0, bootstrap: bool = True, vocab: int = 1024, width: int = 128, layers: int = 2,
-  batch_size: int = 16, row_length: int = 512, turns: int = 2, weight_decay: float = 0.1, seed: int = 0, evaluate_every: int = 20,
-  head_lr: float = 1.0,
+  *,
+  path: str = PAIRS,
+  evaluate_on: Part = "held_out",
+  sft_steps: int = 100,
+  sft_lr: float = 2e-3,
+  steps: int = 60,
+  lr: float = 3e-4,
+  members: int = 3,
+  bootstrap: bool = True,
+  center: float = 0.0,
+  batch_size: int = 16,
+  row_length: int = 512,
+  vocab_size: int = 1024,
+  width: int = 128,
+  layers: int = 2,
+  seed: int = 0,
 ) -> Experiment:
-  tokenizer = functools.partial(bpe, path, vocab)
-  from pt_jax.steps.optimizer import Group as G
-  sft = Supervised(
-    name="sft",
-    data=functools.partial(transcripts, path=path, validate=validate, seed=seed),
-    layout=Layout(batch_size, row_length, too_long="drop"),
-    optimizer=AdamW(sft_lr, steps=sft_steps, warmup=max(1,sft_steps // 10), weight_decay=0.1),
-    evaluate_every=max(1, sft_steps // 2),
+  """A cold start on the chosen transcripts, then an ensemble of reward heads on its trunk.
+
+  Args:
+    path: rows with `chosen` and `rejected` transcripts.
+    evaluate_on: "held_out", or "validation" to choose options by.
+    sft_steps: updates of the cold start.
+    sft_lr: its peak learning rate.
+    steps: updates of the reward model.
+    lr: its peak learning rate.
+    members: heads.
+    bootstrap: each head weighs every pair by a Poisson(1) number of its own.
+    center: coefficient of (chosen + rejected)^2.
+    batch_size: packed rows per update.
+    row_length: tokens per row; longer pairs and transcripts are left out.
+    vocab_size: of the byte-pair encoding.
+    width: of the residual stream.
+    layers: blocks.
+    seed: of initialisation and data order.
+  """
+  tokenizer = functools.partial(byte_pairs, path, vocab_size)
+  data = {"path": path, "evaluate_on": evaluate_on, "seed": seed}
+  layout = Layout(batch_size, row_length, too_long="drop")
+  cold_start = Supervised(
+    name="cold_start",
+    data=functools.partial(transcripts, **data),
+    layout=layout,
+    optimizer=AdamW(sft_lr, steps=sft_steps, warmup=max(1, sft_steps // 10), weight_decay=0.1),
+    checkpoint_every=max(1, sft_steps // 2),
   )
   reward = Reward(
     name="reward",
-    data=functools.partial(pairs, path=path, validate=validate, seed=seed, turns=turns),
-    objective=RewardObjective(center=center, bootstrap=bootstrap and members > 1),
+    data=functools.partial(pairs, **data),
+    objective=RewardObjective(center=center, bootstrap=bootstrap),
     members=members,
-    layout=Layout(batch_size, row_length, too_long="drop"),
-    optimizer=AdamW(lr, steps=steps, warmup=max(1,steps // 10), weight_decay=weight_decay),
-    evaluate_every=evaluate_every,
+    layout=layout,
+    optimizer=AdamW(lr, steps=steps, warmup=max(1, steps // 10), weight_decay=0.1),
+    evaluate_every=max(1, steps // 3),
+    checkpoint_every=max(1, steps // 2),
   )
   return Experiment(
-    name="rm_hh", stages=(sft, reward), tokenizer=tokenizer,
-    model=recipes.small_decoder(tokenizer().vocab_size, width=width, layers=layers, max_length=2 * row_length), seed=seed,
+    name="rm_hh",
+    stages=(cold_start, reward),
+    tokenizer=tokenizer,
+    model=recipes.small_decoder(
+      tokenizer().vocab_size, width=width, layers=layers, max_length=2 * row_length
+    ),
+    seed=seed,
   )
+
+
+def single(*, evaluate_on: Part = "held_out", seed: int = 0) -> Experiment:
+  """One head, every pair weighed alike.
+
+  Args:
+    evaluate_on: "held_out" or "validation".
+    seed: of initialisation and data order.
+  """
+  base = config(members=1, bootstrap=False, evaluate_on=evaluate_on, seed=seed)
+  return dataclasses.replace(base, name="rm_hh_single")
+
+
+def centered(*, evaluate_on: Part = "held_out", seed: int = 0) -> Experiment:
+  """Rewards drawn towards 0, as TRL recommends with this coefficient.
+
+  Args:
+    evaluate_on: "held_out" or "validation".
+    seed: of initialisation and data order.
+  """
+  base = config(center=0.01, evaluate_on=evaluate_on, seed=seed)
+  return dataclasses.replace(base, name="rm_hh_centered")
