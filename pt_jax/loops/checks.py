@@ -81,7 +81,7 @@ def _check_offline(
 def _logged(stage: Offline) -> set[str]:
   """The metrics that a stage logs, those under names of its data apart."""
   assert isinstance(stage, Supervised)
-  names = supervised.METRICS + supervised.EVALUATION_METRICS
+  names = supervised.step_metrics(stage.objective) + supervised.evaluation_metrics(stage.objective)
   return {*names, *(SAMPLE_METRICS if stage.sample_every else ())}
 
 

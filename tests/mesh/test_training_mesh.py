@@ -50,6 +50,13 @@ EVERY = [
 ]
 
 
+PSFT_CASES = [
+  Case("psft", CONTEXT, 3, 2, "packed"),
+  Case("psft", TENSOR, 1, 1, "packed"),
+  Case("psft", BOTH, 3, 4, "unpacked"),
+]
+
+
 def test_cases_hold_every_pair():
   """Each mesh, ZeRO 1 and 3, number of microbatches, layout and kind appears with each other."""
   fields = {name: {getattr(case, name) for case in CASES} for name in Case._fields}
@@ -65,7 +72,7 @@ def largest_error(got, want) -> float:
   return max(jax.tree.leaves(jax.tree.map(error, got, want)))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + PSFT_CASES, ids=str)
 def test_update_is_that_of_one_device(case):
   check_update(case)
 
@@ -110,9 +117,11 @@ def as_names(part) -> tuple[str, ...]:
 
 def test_the_update_moves_and_the_kinds_differ():
   """What is compared above is not trivially equal."""
-  sft, grpo = (
-    training.update(Case(kind, (1, 1, 1, 1), 1, 1, "unpacked")) for kind in ("sft", "grpo")
+  sft, grpo, psft = (
+    training.update(Case(kind, (1, 1, 1, 1), 1, 1, "unpacked")) for kind in ("sft", "grpo", "psft")
   )
+  assert float(psft.metrics["loss/kl"]) > 0.01
+  assert largest_error(sft.state.optimizer[0].mu, psft.state.optimizer[0].mu) > 1e-2
   before = training.initial_params()
   for outcome in (sft, grpo):
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), outcome.state.params, before)

@@ -8,7 +8,8 @@ import numpy as np
 
 from pt_jax import sharding, weights
 from pt_jax.data.batch import Batch, PolicyBatch
-from pt_jax.losses import objective
+from pt_jax.losses import objective, supervised
+from pt_jax.losses.supervised import ReferenceKl, SupervisedObjective
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
 from pt_jax.steps.optimizer import AdamW
@@ -37,11 +38,14 @@ SAMPLES = 64  # one a row: 64 rows; two a row: 32, which 8 devices and 4 microba
 # gradient.
 ADAM = AdamW(1e-2, steps=10, weight_decay=0.1, epsilon=1e-3, clip_norm=0.5)
 
+# The exact KL and label smoothing read the whole vocabulary, which a tensor axis splits.
+WEIGHED = SupervisedObjective(label_smoothing=0.1, kl=ReferenceKl(0.5), reduction="segment_mean")
+
 
 class Case(NamedTuple):
   """One way to run the update; the result must not depend on anything but `kind`."""
 
-  kind: str  # sft or grpo
+  kind: str  # sft, psft or grpo
   mesh: tuple[int, int, int, int]  # data, context, expert, tensor
   zero: int
   microbatches: int
@@ -99,7 +103,7 @@ def lay_out(per_row: int) -> dict[str, np.ndarray]:
 def make_batch(case: Case) -> Batch | PolicyBatch:
   """The samples as [A, B, S], laid out and split as the case says, on the mesh in context."""
   fields = lay_out(2 if case.layout == "packed" else 1)
-  kind = Batch if case.kind == "sft" else PolicyBatch
+  kind = PolicyBatch if case.kind == "grpo" else Batch
   batch = kind(**{k: fields[k] for k in kind.__dataclass_fields__})
   batch = jax.tree.map(lambda x: x.reshape(case.microbatches, -1, LENGTH), batch)
   return jax.device_put(batch, sharding.batch_spec(1))
@@ -128,12 +132,22 @@ def update(case: Case) -> Outcome:
   """One update from the same initial weights."""
   with jax.set_mesh(make_mesh(case.mesh)):
     updater = make_updater(case.zero)
-    if case.kind == "sft":
-      step = functools.partial(sft_step, reduction="token_mean")
+    if case.kind != "grpo":
+      objectives = {"sft": supervised.sft(), "psft": WEIGHED}
+      step = functools.partial(sft_step, objective=objectives[case.kind])
     else:
       step = functools.partial(
         policy_step, objective=objective.grpo(), temperature=0.8, first_update=False
       )
     step = functools.partial(step, config=MODEL, updater=updater)
     state = jax.jit(updater.create)(initial_params())
-    return Outcome(*jax.jit(step, donate_argnums=0)(state, make_batch(case)))
+    given = (make_batch(case), *([reference(case)] if case.kind == "psft" else []))
+    return Outcome(*jax.jit(step, donate_argnums=0)(state, *given))
+
+
+def reference(case: Case) -> weights.Params:
+  """Parameters near the initial ones, where those of the state live."""
+  rng = np.random.default_rng(9)
+  near = lambda w: (w * (1 + 0.3 * rng.normal(size=w.shape))).astype(np.float32)
+  made = jax.tree.map(near, initial_params())
+  return weights.reshard(made, decoder.table(MODEL), sharding.zero(case.zero).params)
