@@ -106,10 +106,10 @@ def _on_sums(stage: Stage, chosen: Objective) -> Stage:
   """The stage on sums alone, and with the chosen objective."""
   if isinstance(stage, Supervised):
     return dataclasses.replace(stage, data=_families(stage.data))
-  stage = dataclasses.replace(stage, problems=_families(stage.problems))
   if isinstance(stage, Evaluate):
-    return stage
-  return dataclasses.replace(stage, objective=chosen)
+    return dataclasses.replace(stage, problems=_families(stage.problems))
+  assert isinstance(stage, Online)
+  return dataclasses.replace(stage, problems=_families(stage.problems), objective=chosen)
 
 
 def _families(recipe: Any) -> functools.partial:

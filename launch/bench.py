@@ -29,9 +29,9 @@ from launch.bench_peers.spec import SPEC
 from pt_jax import sharding
 from pt_jax.data.batch import Batch
 from pt_jax.data.tasks import Problem
-from pt_jax.loops.rollouts import Judged, pack_policy
+from pt_jax.loops.rollouts import Judged, drawn_tokens, pack_policy
 from pt_jax.losses import objective as objectives
-from pt_jax.losses.credit import assign_credit
+from pt_jax.losses.credit import Episodes, assign_credit
 from pt_jax.losses.supervised import SupervisedObjective
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
@@ -188,8 +188,9 @@ def _grpo() -> Callable[[int], int]:
     completions = [Completion(problem, text(row), len(row), StopReason.LENGTH) for row in rows]
     rewards = stack(completions)
     drawn = np.asarray(rollouts.length - rollouts.prompt_length)
-    cut = np.ones(count, bool)
-    credit = assign_credit(rewards.total, drawn, cut, groups, objective=objective)
+    mask = drawn_tokens(rollouts)
+    episodes = Episodes(rewards.total, np.ones(count, bool), groups, mask)
+    credit = assign_credit(episodes, objective=objective)
     judged = Judged(completions, rollouts, rewards, groups)
     batch = pack_policy(judged, credit, rows=count, row_length=length)
     batch = sharding.put(batch, sharding.batch_spec(1), jax.sharding.get_mesh())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from pt_jax.experiment import Experiment, Supervised
+from pt_jax.experiment import Experiment, Offline
 from pt_jax.loops import record
 
 ACCELERATORS = ("accel0", "vfio", "nvidia0", "kfd", "dxg")  # under /dev: TPUs and GPUs
@@ -87,7 +87,7 @@ def devices_for(experiment: Experiment) -> int:
     return fixed
   sizes = [experiment.model.width] if experiment.model else []
   for stage in experiment.stages:
-    if isinstance(stage, Supervised):
+    if isinstance(stage, Offline):
       sizes.append(stage.layout.batch_size // stage.microbatches)
     else:
       sizes += [stage.slots, getattr(stage, "rows", stage.slots)]

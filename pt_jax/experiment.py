@@ -8,7 +8,7 @@ another run.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pt_jax.data.groups import Group
 from pt_jax.data.mixtures import Mixture
@@ -18,9 +18,12 @@ from pt_jax.data.sources import Source
 from pt_jax.data.tasks import Problem, Task
 from pt_jax.data.tokenizers import Tokenizer
 from pt_jax.losses.objective import Objective
+from pt_jax.losses.preference_objective import PreferenceObjective
+from pt_jax.losses.reward import RewardObjective
 from pt_jax.losses.supervised import SupervisedObjective, sft
 from pt_jax.models.config import ModelConfig
 from pt_jax.rewards.stack import RewardStack
+from pt_jax.rewards.verifiers import Completion
 from pt_jax.rollout.rollouts import SamplingParams
 from pt_jax.steps.optimizer import AdamW
 
@@ -114,6 +117,55 @@ class Supervised(Offline):
   objective: SupervisedObjective = dataclasses.field(default_factory=sft)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reward(Offline):
+  """A reward model: the trunk of the policy that it starts from under a fresh head, trained whole.
+
+  It leaves a tree of `models.heads.table(config, members)`, no policy.
+  """
+
+  leaves_policy: ClassVar[bool] = False
+  data: Callable[[Tokenizer], ComparisonData]
+  objective: RewardObjective
+  members: int = 1  # heads of the ensemble, on one trunk
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.members < 1:
+      raise ValueError(f"stage {self.name}: members: expected at least 1, found {self.members}")
+    if self.objective.bootstrap and self.members == 1:
+      raise ValueError(f"stage {self.name}: bootstrap: expected members > 1, found 1")
+    if self.sample_every:
+      raise ValueError(
+        f"stage {self.name}: sample_every: a reward model writes nothing, found {self.sample_every}"
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preference(Offline):
+  """Preference optimisation on given pairs, or on single completions that are right or wrong.
+
+  Its reference is the policy that it starts from. Held-out rows are pairs for every objective.
+  """
+
+  data: Callable[[Tokenizer], ComparisonData]
+  objective: PreferenceObjective
+  # Log-probs under the reference: "online" computes them with every batch, "cached" once, before
+  # the first update, and keeps them in the folder of the run.
+  reference: Literal["online", "cached"] = "online"
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.reference not in ("online", "cached"):
+      raise ValueError(
+        f"stage {self.name}: reference: expected online or cached, found {self.reference!r}"
+      )
+    if self.reference == "cached" and not self.objective.reference:
+      raise ValueError(
+        f"stage {self.name}: reference: the objective has none, expected online, found 'cached'"
+      )
+
+
 @dataclasses.dataclass(frozen=True)
 class Problems:
   """Problems that are trained on and problems that are not, and how one becomes a prompt."""
@@ -124,8 +176,53 @@ class Problems:
 
 
 @dataclasses.dataclass(frozen=True)
+class Critic:
+  """A value network of its own, for objectives with `Gae`."""
+
+  optimizer: AdamW  # its `steps` counts updates: (pretrain + steps) * epochs * minibatches
+  start: str | None = None  # the `Reward` stage it starts from; None: the policy, with a new head
+  epochs: int = 1  # passes over the rollouts of a step
+  clip: float | None = 0.5  # how far a value may move from the old one; None: no clip
+  pretrain: int = 0  # steps before the first update of the policy (VAPO)
+
+  def __post_init__(self):
+    for field, least in (("epochs", 1), ("pretrain", 0)):
+      if getattr(self, field) < least:
+        raise ValueError(f"critic.{field}: expected at least {least}, found {getattr(self, field)}")
+    if self.clip is not None and self.clip <= 0:
+      raise ValueError(f"critic.clip: expected a number > 0 or None, found {self.clip}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueHead:
+  """A value head on the policy itself: one network, one optimizer, one update for both."""
+
+  coefficient: float = 0.5  # of the value loss in the policy's
+  clip: float | None = 0.5  # how far a value may move from the old one; None: no clip
+
+  def __post_init__(self):
+    if self.coefficient <= 0:
+      raise ValueError(f"critic.coefficient: expected a number > 0, found {self.coefficient}")
+    if self.clip is not None and self.clip <= 0:
+      raise ValueError(f"critic.clip: expected a number > 0 or None, found {self.clip}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """What the steps of a completion are, and what one is worth."""
+
+  mark: str = "\n"  # a token whose text holds it ends a step; the last token ends one too
+  # (completion, texts of its steps) -> a reward for each; read by `Objective.process`
+  rewards: Callable[[Completion, Sequence[str]], Sequence[float]] | None = None
+
+  def __post_init__(self):
+    if not self.mark:
+      raise ValueError("steps.mark: expected some text, found none")
+
+
+@dataclasses.dataclass(frozen=True)
 class Online:
-  """Reinforcement learning from verifiable rewards. A step is one batch of fresh rollouts."""
+  """Reinforcement learning from rewards. A step is one batch of fresh rollouts."""
 
   leaves_policy: ClassVar[bool] = True
   name: str
@@ -141,6 +238,9 @@ class Online:
   row_length: int  # also the longest prompt and completion together
   epochs: int = 1  # passes over the rollouts of a step
   minibatches: int = 1  # updates per pass
+  stop_kl: float | None = None  # no further epoch of a step once policy/approx_kl is over this
+  critic: Critic | ValueHead | None = None  # for objectives with `Gae`
+  steps_of: Steps | None = None  # for objectives with `process` or `MonteCarlo`
   slots: int = 64  # completions decoded at once
   resample_limit: int = 4  # dynamic sampling: times that a step draws prompts, at most
   evaluate_every: int = 0  # held-out pass@1; 0: only at the end
@@ -154,15 +254,47 @@ class Online:
     for field in (*positive, "slots", "resample_limit"):
       if getattr(self, field) < 1:
         raise ValueError(f"stage {self.name}: {field} must be positive")
-    updates = self.steps * self.epochs * self.minibatches
-    if self.optimizer.steps != updates:
-      raise ValueError(
-        f"stage {self.name}: optimizer.steps is {self.optimizer.steps}, expected {updates} "
-        "(steps x epochs x minibatches)"
-      )
+    self._check_updates("optimizer", self.optimizer, self.steps * self.epochs)
+    if isinstance(self.critic, Critic):
+      passes = (self.critic.pretrain + self.steps) * self.critic.epochs
+      self._check_updates("critic.optimizer", self.critic.optimizer, passes)
+    self._check_objective()
     if self.prompts % self.minibatches:
       raise ValueError(
         f"stage {self.name}: minibatches ({self.minibatches}) must divide prompts ({self.prompts})"
+      )
+
+  @property
+  def total(self) -> int:
+    """Steps with those in which only the critic learns."""
+    return self.steps + (self.critic.pretrain if isinstance(self.critic, Critic) else 0)
+
+  def _check_updates(self, field: str, optimizer: AdamW, passes: int) -> None:
+    if optimizer.steps != passes * self.minibatches:
+      raise ValueError(
+        f"stage {self.name}: {field}.steps is {optimizer.steps}, expected "
+        f"{passes * self.minibatches} (steps x epochs x minibatches)"
+      )
+
+  def _check_objective(self) -> None:
+    """What the objective needs of the stage is there, and nothing that it does not read."""
+    o = self.objective
+    needs = (
+      ("critic", self.critic is not None, o.has_critic, "Gae"),
+      ("steps_of", self.steps_of is not None, o.has_steps, "process or MonteCarlo"),
+    )
+    for field, given, needed, reader in needs:
+      if given != needed:
+        expected = f"one, for an objective with {reader}" if needed else f"none without {reader}"
+        raise ValueError(
+          f"stage {self.name}: {field}: expected {expected}, found {getattr(self, field)}"
+        )
+    if o.process is not None and (self.steps_of is None or self.steps_of.rewards is None):
+      raise ValueError(f"stage {self.name}: steps_of.rewards: objective.process needs it")
+    if self.stop_kl is not None and (self.epochs == 1 or self.stop_kl <= 0):
+      raise ValueError(
+        f"stage {self.name}: stop_kl: expected a number > 0 and several epochs, found "
+        f"{self.stop_kl} and {self.epochs}"
       )
 
 
@@ -183,7 +315,7 @@ class Evaluate:
   start: str | None = None  # stage whose parameters it starts from; None: see `Experiment`
 
 
-Stage = Supervised | Online | Evaluate
+Stage = Supervised | Reward | Preference | Online | Evaluate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,21 +4,23 @@ Bind their options with `functools.partial`; the tokenizer comes when the stage 
 """
 
 import functools
+import operator
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, SupportsIndex
 
 from pt_jax.data.chat import encode_prompt
 from pt_jax.data.chat_templates import load_template
+from pt_jax.data.groups import MISMATCHED, Group
 from pt_jax.data.masks import encode_chat, stop_tokens
 from pt_jax.data.messages import Message
 from pt_jax.data.mixtures import Mixture
 from pt_jax.data.packing import Example
 from pt_jax.data.scratchpads import compact_prompt, demonstration, solve
-from pt_jax.data.sources import MemorySource, Subset, open_source, split
+from pt_jax.data.sources import MemorySource, Row, Source, Subset, open_source, split
 from pt_jax.data.tasks import JsonlTask, Problem, ReasoningGymTask, assert_disjoint, exclude
 from pt_jax.data.tokenizers import Tokenizer
-from pt_jax.experiment import Problems, SupervisedData
+from pt_jax.experiment import ComparisonData, Problems, SupervisedData
 from pt_jax.models.config import ModelConfig
 from pt_jax.rewards.answers import last_number
 from pt_jax.rewards.stack import Component, RewardStack
@@ -26,6 +28,7 @@ from pt_jax.rewards.verifiers import family_score, numeric, think_answer
 from pt_jax.rollout.rollouts import SamplingParams
 
 Families = Mapping[str, Mapping[str, Any]]
+LABELLED = {"row", "side", "other"}  # the fields of `LabelledRows`
 
 
 def problems(
@@ -152,6 +155,104 @@ def conversations(
   questions = [messages(kept_back[i])[:-1] for i in range(samples)]
   prompts = [encode_prompt(question, tokenizer, chat).tolist() for question in questions]
   return SupervisedData(Mixture({"train": source}, seed=seed), kept_back, encode, prompts)
+
+
+def preference_pairs(
+  tokenizer: Tokenizer,
+  *,
+  train: str,
+  chats: Callable[[Mapping[str, Any]], tuple[list[Message], list[Message]]],
+  fields: Sequence[str],
+  template: str,
+  held_out: int,
+  held_out_path: str | None = None,
+  samples: int = 0,
+  turns: Literal["last", "all"] = "last",
+  unpaired: bool = False,
+  drop_equal: bool = False,
+  weight: Callable[[Mapping[str, Any]], float] | None = None,
+  margin: Callable[[Mapping[str, Any]], float] | None = None,
+  slice: Callable[[Mapping[str, Any]], str] | None = None,
+  seed: int = 0,
+) -> ComparisonData:
+  """Rows of a file as pairs of chats, the better one first; what the assistant wrote is compared.
+
+  Args:
+    tokenizer: encodes.
+    train: a .jsonl or .json file (or either .gz), or .array_record.
+    chats: a row to its chosen and its rejected chat, each with the assistant's turn last.
+    fields: that every row must have.
+    template: name of the chat template; "tokenizer" is the one that came with the tokenizer.
+    held_out: pairs to evaluate on: the first of `held_out_path`, else random ones of `train` that
+      are then not trained on.
+    held_out_path: a file of the same kind.
+    samples: held-out prompts that periodic samples answer.
+    turns: which assistant turns count, the last one or all (trajectories).
+    unpaired: train on single completions that are right or wrong (KTO), two of each row, each with
+      a mismatched one: the answer to another row's prompt. Held-out rows stay pairs.
+    drop_equal: leave out rows whose two chats are the same, which are an error otherwise.
+    weight: of a pair among the others, such as the confidence in it; by default 1.
+    margin: by which the chosen one is better (reward models); by default 0.
+    slice: names the part of the held-out data that a row belongs to.
+    seed: of the data order. The split does not depend on it.
+  """
+  chat = load_template(template, tokenizer=tokenizer)
+  open_file = lambda path: _different(open_source(path, fields), chats, drop_equal)
+  source = open_file(train)
+  if held_out_path is None:
+    source, kept_back = split(source, held_out)
+  else:
+    whole = open_file(held_out_path)
+    kept_back = Subset(whole, range(min(held_out, len(whole))))
+
+  def example(messages: list[Message]) -> Example:
+    encoded = encode_chat(messages, tokenizer, chat, turns=turns)
+    return Example(encoded.tokens, encoded.mask)
+
+  def encode(row: Mapping[str, Any]) -> Group:
+    if row.keys() == LABELLED:
+      side, other = row["side"], chats(row["other"])
+      row = row["row"]
+      own = chats(row)[side]
+      completions = example(own), example([*own[:-1], other[side][-1]])
+      labels = 1.0 - side, MISMATCHED
+    else:
+      chosen, rejected = chats(row)
+      completions, labels = (example(chosen), example(rejected)), (1.0, 0.0)
+    given = {"weight": weight(row) if weight else 1.0, "margin": margin(row) if margin else 0.0}
+    return Group(completions, labels, **given)
+
+  questions = [chats(kept_back[i])[0][:-1] for i in range(samples)]
+  prompts = [encode_prompt(question, tokenizer, chat).tolist() for question in questions]
+  trained = LabelledRows(source) if unpaired else source
+  return ComparisonData(Mixture({"train": trained}, seed=seed), kept_back, encode, prompts, slice)
+
+
+class LabelledRows:
+  """Rows of pairs as rows of single completions: 2 i is the chosen one of row i, 2 i + 1 the
+  rejected; each with the row half the data away, whose answer does not belong to its prompt."""
+
+  def __init__(self, source: Source):
+    self._source = source
+
+  def __len__(self) -> int:
+    return 2 * len(self._source)
+
+  def __getitem__(self, index: SupportsIndex, /) -> Row:
+    number, side = divmod(index.__index__(), 2)
+    other = self._source[(number + len(self._source) // 2) % len(self._source)]
+    return {"row": self._source[number], "side": side, "other": other}
+
+  def where(self, index: int) -> str:
+    return self._source.where(index // 2)
+
+
+def _different(source: Source, chats: Callable[[Any], tuple[Any, Any]], drop: bool) -> Source:
+  """The source, if asked without the rows whose two chats are the same."""
+  if not drop:
+    return source
+  keep = [i for i in range(len(source)) if operator.ne(*chats(source[i]))]
+  return Subset(source, keep)
 
 
 def small_decoder(vocab_size: int, *, width: int, layers: int, max_length: int) -> ModelConfig:

@@ -1,5 +1,6 @@
 """Recipes: what is held out is not trained on, and what is trained is exactly the completion."""
 
+import gzip
 import json
 import re
 
@@ -163,3 +164,104 @@ def test_a_small_decoder_is_as_asked():
   config = recipes.small_decoder(272, width=256, layers=2, max_length=128)
   assert (config.heads, config.kv_heads, config.head_dim) == (4, 2, 64)
   assert (config.width, config.layers, config.max_length, config.vocab_size) == (256, 2, 128, 272)
+
+
+def pair_of(row):
+  """The chats of a row of pairs."""
+  asked = [{"role": "user", "content": row["question"]}]
+  answered = lambda text: [*asked, {"role": "assistant", "content": text}]
+  return answered(row["chosen"]), answered(row["rejected"])
+
+
+def pairs(tmp_path, suffix="json", rows=None, **changes):
+  rows = rows or [
+    {"question": f"What is {i}?", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(12)
+  ]
+  text = json.dumps(rows) if "jsonl" not in suffix else "\n".join(map(json.dumps, rows))
+  path = tmp_path / f"rows.{suffix}"
+  path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
+  options = {
+    "train": str(path),
+    "chats": pair_of,
+    "fields": ("question", "chosen", "rejected"),
+    "template": TEMPLATE,
+    "held_out": 4,
+  }
+  return recipes.preference_pairs(TOKENIZER, **options | changes)
+
+
+def texts(group):
+  """(prompt, judged text) of every completion of a group."""
+  return [
+    tuple(TOKENIZER.decode(c.tokens[c.mask == judged]) for judged in (0, 1))
+    for c in group.completions
+  ]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "jsonl.gz", "json.gz"])
+def test_pairs_of_any_kind_of_file(tmp_path, suffix):
+  data = pairs(tmp_path, suffix, samples=2)
+  train = data.train.sources["train"]
+  questions = {source[i]["question"] for source in (train, data.held_out) for i in range(4)}
+  assert len(train) == 8 and len(data.held_out) == 4 and len(questions) == 8
+  row = train[0]
+  group = data.encode(row)
+  (prompt, good), (same, bad) = texts(group)
+  assert prompt == same and row["question"] in prompt
+  assert good.startswith(row["chosen"]) and bad.startswith(row["rejected"])
+  assert group.labels == (1.0, 0.0) and (group.weight, group.margin) == (1.0, 0.0)
+  assert [TOKENIZER.decode(p) for p in data.prompts] == [
+    texts(data.encode(data.held_out[i]))[0][0] for i in range(2)
+  ]
+
+
+def test_weights_margins_and_slices_come_from_the_row(tmp_path):
+  number = lambda row: int(row["question"][8:-1])
+  data = pairs(tmp_path, weight=number, margin=lambda r: -number(r), slice=lambda r: r["chosen"])
+  row = data.train.sources["train"][3]
+  group = data.encode(row)
+  assert (group.weight, group.margin) == (number(row), -number(row)) and number(row)
+  assert data.slice is not None and data.slice(row) == row["chosen"]
+
+
+def test_unpaired_rows_are_both_sides_with_an_answer_to_another_prompt(tmp_path):
+  data, whole = pairs(tmp_path, unpaired=True), pairs(tmp_path)
+  train, rows = data.train.sources["train"], whole.train.sources["train"]
+  assert len(train) == 2 * len(rows) == 16
+  for i in range(16):
+    row, side = rows[i // 2], ("chosen", "rejected")[i % 2]
+    group = data.encode(train[i])
+    assert group.labels == (1.0 - i % 2, -1.0) and train.where(i) == rows.where(i // 2)
+    (prompt, own), (same, other) = texts(group)
+    assert prompt == same and row["question"] in prompt and own.startswith(row[side])
+    assert not other.startswith(row[side]) and other.startswith(row[side].split()[0])
+  held_out = data.encode(data.held_out[0])
+  assert held_out.labels == (1.0, 0.0)  # a pair
+
+
+def test_equal_pairs_are_dropped_where_asked(tmp_path):
+  rows = [{"question": "?", "chosen": str(i), "rejected": str(i // 2 * 2)} for i in range(12)]
+  data = pairs(tmp_path, rows=rows, drop_equal=True, held_out=2)
+  assert len(data.train) == 4
+  assert len(pairs(tmp_path, rows=rows, held_out=2).train) == 10
+
+
+def test_all_turns_of_a_trajectory_or_the_last(tmp_path):
+  def chats(row):
+    first = [
+      {"role": "user", "content": "look"},
+      {"role": "assistant", "content": "looking"},
+      {"role": "user", "content": row["question"]},
+    ]
+    return tuple([*first, {"role": "assistant", "content": row[k]}] for k in ("chosen", "rejected"))
+
+  judged = {
+    turns: texts(pairs(tmp_path, chats=chats, turns=turns).encode(rows_of_pairs()))[0][1]
+    for turns in ("all", "last")
+  }
+  assert "looking" in judged["all"] and "look" not in judged["last"]
+  assert judged["all"].endswith(judged["last"]) and "look" in judged["all"]
+
+
+def rows_of_pairs():
+  return {"question": "What?", "chosen": "good", "rejected": "bad"}

@@ -38,6 +38,9 @@ class PolicyBatch:
   old_logprobs: jax.Array  # [B, S] float32, trainer log-prob before the first update, 0 outside
   sampler_logprobs: jax.Array  # [B, S] float32, log-prob the rollout engine reported, 0 outside
   reference_logprobs: jax.Array  # [B, S] float32, log-prob under the reference policy, 0 if unused
+  positive: jax.Array  # [B, S] float32, 1 on trained tokens of right completions, 0 if unused
+  returns: jax.Array  # [B, S] float32, what a critic learns, 0 without one
+  old_values: jax.Array  # [B, S] float32, of the critic before the first update, 0 without one
 
 
 @flax.struct.dataclass

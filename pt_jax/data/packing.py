@@ -148,6 +148,19 @@ def lay_out(
   return out
 
 
+def take_back(plan: Plan, values: np.ndarray, width: int, fill: float = 0) -> np.ndarray:
+  """The way back of `lay_out`: [B, S] to [N, width], right-padded with `fill`.
+
+  Tokens that the plan left out get `fill`. Raises ValueError when `width` is too narrow.
+  """
+  if width < plan.kept.max(initial=0):
+    raise ValueError(f"expected a width of at least {plan.kept.max()}, got {width}")
+  out = np.full((len(plan.row), width), fill, values.dtype)
+  for i, row, slot in plan.slots():
+    out[i, : plan.kept[i]] = values[row, slot]
+  return out
+
+
 def spread(
   plan: Plan, values: ArrayLike, fill: float = 0, dtype: DTypeLike | None = None
 ) -> np.ndarray:

@@ -6,11 +6,14 @@ A row is a JSON object. Reading is lazy, so a bad row is reported when it is rea
 
 import array
 import bisect
+import gzip
+import io
 import itertools
 import json
 import mmap
 import os
 import pathlib
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, SupportsIndex
 
@@ -19,6 +22,7 @@ import numpy as np
 
 Row = dict[str, Any]
 Path = str | os.PathLike[str]
+PACKED = ".gz"
 
 
 class Source(Protocol):
@@ -62,7 +66,7 @@ class JsonSource(MemorySource):
   """
 
   def __init__(self, path: Path, fields: Sequence[str] = ()):
-    rows = _parsed(_existing(path).read_bytes(), str(path))
+    rows = _parsed(bytes(_content(path)), str(path))
     if not isinstance(rows, list) or not rows:
       raise ValueError(f"{path}: expected a JSON array of rows, got {_kind(rows)}")
     super().__init__(rows, str(path), fields)
@@ -70,6 +74,8 @@ class JsonSource(MemorySource):
 
 class JsonlSource:
   """A JSON Lines file, read by line through an index of byte offsets. Blank lines are not rows.
+
+  One that ends in .gz is unpacked into memory.
 
   Args:
     path: the file; it must not be changed while it is open.
@@ -81,12 +87,11 @@ class JsonlSource:
 
   def __init__(self, path: Path, fields: Sequence[str] = ()):
     self._path, self._fields = path, tuple(fields)
-    with _existing(path).open("rb") as file:
-      if not os.fstat(file.fileno()).st_size:
-        raise ValueError(f"{path}: no rows")
-      self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    self._bytes = _content(path)
+    mapped = self._bytes
+    read = mapped.readline if isinstance(mapped, mmap.mmap) else io.BytesIO(mapped).readline
     spans, lines, stop = array.array("q"), array.array("q"), 0
-    for number, line in enumerate(iter(self._bytes.readline, b""), start=1):
+    for number, line in enumerate(iter(read, b""), start=1):
       start, stop = stop, stop + len(line)
       if not line.isspace():
         spans.extend((start, stop))
@@ -187,6 +192,8 @@ class Subset:
 def open_source(paths: Path | Sequence[Path], fields: Sequence[str] = ()) -> Source:
   """Opens a file by its suffix (.jsonl, .json, .array_record), or several as one source.
 
+  The first two may be gzipped (.jsonl.gz).
+
   Args:
     paths: a file, or the shards of a data set in order.
     fields: names that every row must have.
@@ -197,7 +204,9 @@ def open_source(paths: Path | Sequence[Path], fields: Sequence[str] = ()) -> Sou
   if not isinstance(paths, (str, os.PathLike)):
     return Concatenated([open_source(path, fields) for path in paths])
   kinds = {".jsonl": JsonlSource, ".json": JsonSource, ".array_record": ArrayRecordSource}
-  suffix = pathlib.Path(paths).suffix
+  path = pathlib.Path(paths)
+  packed = path.suffix == PACKED and path.with_suffix("").suffix in (".jsonl", ".json")
+  suffix = (path.with_suffix("") if packed else path).suffix
   if suffix not in kinds:
     raise ValueError(f"{paths}: cannot read {suffix or 'no suffix'}, expected {', '.join(kinds)}")
   return kinds[suffix](paths, fields)
@@ -250,6 +259,20 @@ def _existing(path: Path) -> pathlib.Path:
   if not os.path.isfile(path):
     raise ValueError(f"{path}: no such file")
   return pathlib.Path(path)
+
+
+def _content(path: Path) -> mmap.mmap | bytes:
+  """What is in a file, unpacked if its name says that it is packed; memory-mapped if not."""
+  file = _existing(path)
+  if file.suffix == PACKED:
+    try:
+      return gzip.decompress(file.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+      raise ValueError(f"{path}: not a gzip file ({_first_line(error)})") from error
+  with file.open("rb") as opened:
+    if not os.fstat(opened.fileno()).st_size:
+      return b""
+    return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _in_range(index: SupportsIndex, length: int) -> int:

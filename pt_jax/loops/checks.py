@@ -6,8 +6,10 @@ since one that leaves no room for an answer would otherwise end a run in its mid
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 
@@ -15,11 +17,20 @@ from pt_jax import sharding, weights
 from pt_jax.data import pipeline
 from pt_jax.data.sources import Source, Subset
 from pt_jax.data.tokenizers import Tokenizer
-from pt_jax.experiment import EarlyStop, Evaluate, Offline, Online, Stage, Supervised
-from pt_jax.loops import supervised
+from pt_jax.experiment import (
+  EarlyStop,
+  Evaluate,
+  Offline,
+  Online,
+  Preference,
+  Reward,
+  Stage,
+)
+from pt_jax.loops import preference, reward_model, supervised
 from pt_jax.loops.context import in_stage
 from pt_jax.loops.diagnostics import SAMPLE_METRICS
 from pt_jax.loops.rollouts import CORRECT
+from pt_jax.models import heads
 from pt_jax.models.config import ModelConfig
 from pt_jax.sharding import USE
 from pt_jax.weights import Table
@@ -52,7 +63,8 @@ def check_stage(
   """Raises ValueError naming the stage and what of it cannot run."""
   with in_stage(stage.name):
     if isinstance(stage, Offline):
-      stage.optimizer.transform(table)
+      trained = heads.table(config, stage.members) if isinstance(stage, Reward) else table
+      stage.optimizer.transform(trained)
       _check_offline(stage, config, tokenizer, mesh)
     else:
       if isinstance(stage, Online):
@@ -68,8 +80,16 @@ def _check_offline(
   _check_rows(rows, stage.layout.row_length, config, mesh)
   _check_stop(stage.stop, _logged(stage))
   data = stage.data(tokenizer)
+  if isinstance(stage, Reward):
+    data = reward_model.checked(stage.data(tokenizer), stage.objective.kind)
+  if isinstance(stage, Preference):
+    data = preference.checked(stage.data(tokenizer))
   for source in (*data.train.sources.values(), data.held_out):
     _check_first_row(source, data.encode, stage.layout, data.form)
+    if isinstance(stage, Preference):
+      held_out = source is data.held_out
+      check = functools.partial(preference.check_kind, objective=stage.objective)
+      _check_comparison(source, data.encode, functools.partial(check, held_out=held_out))
   if stage.sample_every:
     assert stage.sampling is not None  # see `Offline`
     if not data.prompts:
@@ -80,9 +100,15 @@ def _check_offline(
 
 def _logged(stage: Offline) -> set[str]:
   """The metrics that a stage logs, those under names of its data apart."""
-  assert isinstance(stage, Supervised)
-  names = supervised.step_metrics(stage.objective) + supervised.evaluation_metrics(stage.objective)
-  return {*names, *(SAMPLE_METRICS if stage.sample_every else ())}
+  if isinstance(stage, Reward):
+    return set(reward_model.metrics_of(stage))
+  if isinstance(stage, Preference):
+    step, evaluation = preference.metric_names(stage.objective)
+  else:
+    assert isinstance(stage, Supervised)
+    step = supervised.step_metrics(stage.objective)
+    evaluation = supervised.evaluation_metrics(stage.objective)
+  return {*step, *evaluation, *(SAMPLE_METRICS if stage.sample_every else ())}
 
 
 def _check_stop(rules: Iterable[EarlyStop], logged: set[str]) -> None:
@@ -109,6 +135,16 @@ def _check_first_row(
     length = max(length, form.length(encode(source[0])))
   one = dataclasses.replace(layout, batch_size=1, row_length=length)
   next(iter(pipeline.eval_batches(Subset(source, [0]), encode, one, form=form)))
+
+
+def _check_comparison(
+  source: Source, encode: pipeline.Encode, check: Callable[[Any], None]
+) -> None:
+  """The first row holds what the objective compares."""
+  try:
+    check(encode(source[0]))
+  except ValueError as error:
+    raise ValueError(f"{source.where(0)}: {error}") from error
 
 
 def _check_prompts(

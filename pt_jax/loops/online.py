@@ -1,118 +1,85 @@
 """The online loop: prompts -> rollouts -> rewards -> advantages -> packed batches -> updates -> new
 weights.
 
-What a step samples is a function of the seed, the step and the weights; the position in the stream
-of prompts and the train state are all that a checkpoint has to hold.
+What a step samples is a function of the seed, the step and the weights. A checkpoint holds the
+train states of policy and critic, the position in the stream of prompts, and the coefficient that a
+KL controller has moved.
 """
 
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pt_jax import sharding
 from pt_jax.data.batch import PolicyBatch
-from pt_jax.data.tasks import Problem, Task
-from pt_jax.data.tokenizers import IncrementalDetokenizer
-from pt_jax.experiment import Evaluate, Online, Problems
-from pt_jax.loops.context import Context
+from pt_jax.data.tasks import Problem
+from pt_jax.experiment import Critic, Online, ValueHead
+from pt_jax.loops import episodes as episode
+from pt_jax.loops.context import Context, abstract_state
+from pt_jax.loops.critic import (
+  CriticLoop,
+  explained_variance,
+  fresh_head,
+  share_explained,
+  whole,
+)
+from pt_jax.loops.evaluation import evaluate, held_out_problems, new_engine
 from pt_jax.loops.progress import Progress
+from pt_jax.loops.prompts import Prompts
 from pt_jax.loops.rollouts import (
   CORRECT,
   Judged,
+  Packed,
   concatenate,
+  cut,
   generate_and_judge,
-  pack_policy,
+  pack_rollouts,
   rollout_metrics,
   sample_rows,
 )
-from pt_jax.losses.credit import assign_credit, kept_groups
+from pt_jax.losses.credit import Credit, Episodes, assign_credit, kept_groups
+from pt_jax.losses.kl import adapted, kl_estimate
+from pt_jax.losses.options import Greedy, MonteCarlo
 from pt_jax.metrics import check_finite
-from pt_jax.rewards.stack import RewardStack
-from pt_jax.rollout.engine import Engine
-from pt_jax.rollout.rollouts import SamplingParams, StopReason
+from pt_jax.models import heads
 from pt_jax.steps import policy
-from pt_jax.steps.state import Updater
+from pt_jax.steps.critic import score_values
+from pt_jax.steps.state import TrainState, Updater
 from pt_jax.weights import Params
 
 HISTOGRAMS_EVERY = 10  # steps
 
-
-class Prompts:
-  """An endless stream of problems, every epoch in an order of its own; its state is one number."""
-
-  def __init__(self, task: Task, seed: int):
-    self.drawn = 0  # problems taken so far; set it to go on elsewhere
-    self._task, self._seed = task, seed
-    self._epoch, self._order = -1, np.zeros(0, int)
-
-  def take(self, count: int) -> list[Problem]:
-    """The next `count` problems."""
-    problems = []
-    for i in range(self.drawn, self.drawn + count):
-      epoch, index = divmod(i, len(self._task))
-      if epoch != self._epoch:
-        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._task))
-        self._epoch, self._order = epoch, order
-      problems.append(self._task[int(self._order[index])])
-    self.drawn += count
-    return problems
+Metrics = dict[str, jax.Array]
 
 
 def run_online(stage: Online, context: Context) -> tuple[Params, dict[str, float]]:
   """Runs or resumes an online stage.
 
-  Returns the parameters it ends with and its last held-out evaluation.
+  Returns the parameters of the policy it ends with and its last held-out evaluation.
 
   Raises ValueError for a non-finite loss (before a checkpoint is written) and for problems or
   rewards that the stage cannot use.
   """
   loop = _Loop(stage, context)
-  with context.progress(stage.steps, loop.start) as progress:
-    for step in range(loop.start, stage.steps):
+  with context.progress(stage.total, loop.start) as progress:
+    for step in range(loop.start, stage.total):
       loop.step(step, progress)
-  return loop.state.params, loop.finish()
+  return loop.policy_params, loop.finish()
 
 
-def run_evaluate(stage: Evaluate, context: Context) -> tuple[Params, dict[str, float]]:
-  """Scores the parameters of the stage before on held-out problems; returns them unchanged."""
-  task, stack = stage.problems(context.tokenizer), stage.rewards()
-  longest = max(len(task.encode(p)) for p in _held_out(task, stage.count))
-  length = longest + stage.sampling.max_tokens
-  engine = _engine(context, context.params, stage.slots, length)
-  results, judged = evaluate(engine, task, stack, stage.sampling, stage.count, context)
-  context.stage.log(0, results)
-  context.stage.samples(0, sample_rows(judged, 16))
-  return context.params, results
+class Pending(NamedTuple):
+  """A step whose updates were dispatched, to be logged later."""
 
-
-def evaluate(
-  engine: Engine,
-  task: Problems,
-  stack: RewardStack,
-  sampling: SamplingParams,
-  count: int,
-  context: Context,
-) -> tuple[dict[str, float], Judged]:
-  """Scores one sampled and one greedy completion of each of `count` held-out problems.
-
-  `eval/pass@1` is the share of right answers among completions sampled as the stage samples (the
-  estimator of arXiv 2107.03374 with one sample), `eval/greedy` among greedy ones; reward, lengths
-  and stop reasons are those of the sampled ones, which are returned too. The draws are the same for
-  every call, so that only the weights make a difference.
-  """
-  problems, key = _held_out(task, count), context.key("evaluation", 0)
-  judge = functools.partial(
-    generate_and_judge, engine, problems, task, context.tokenizer, stack, key=key
-  )
-  sampled, greedy = judge(sampling), judge(dataclasses.replace(sampling, temperature=0.0))
-  right = lambda judged: float(judged.rewards.components[CORRECT].mean())
-  metrics = {"pass@1": right(sampled), "greedy": right(greedy)} | rollout_metrics(sampled)
-  return {f"eval/{name}": value for name, value in metrics.items()}, sampled
+  step: int
+  policy: list[Metrics]  # of each update
+  critic: list[Metrics]  # of each update; empty without a critic of its own
+  figures: dict[str, float]
+  return_variance: float  # of the returns that the critic learned
 
 
 class _Loop:
@@ -121,65 +88,129 @@ class _Loop:
   def __init__(self, stage: Online, context: Context):
     self.stage, self.context = stage, context
     self.task, self.stack = stage.problems(context.tokenizer), stage.rewards()
-    _held_out(self.task, stage.evaluate_problems)
-    self.updater = Updater(stage.optimizer, context.table, context.layout)
+    held_out_problems(self.task, stage.evaluate_problems)
     self.prompts = Prompts(self.task.train, context.seed)
-    self.state, saved = context.start(self.updater)
-    self.start = saved.step if saved else 0
-    self.prompts.drawn = saved.host["drawn"] if saved else 0
-    self.reference = context.params if stage.objective.kl is not None else None
-    self.engine = _engine(
-      context, self.state.params, stage.slots, stage.row_length, version=self.start
-    )
+    kl = stage.objective.kl
+    self.reference = context.params if kl is not None else None
+    self.kl_coefficient = kl.coefficient if kl is not None else 0.0
+    self.tokens = 0  # sampled so far
+    self.critic = CriticLoop(stage.critic, context) if isinstance(stage.critic, Critic) else None
+    self.start = self._start()
+    length = stage.row_length
+    if isinstance(stage.objective.advantage, MonteCarlo):
+      length += stage.sampling.max_tokens  # a step near the end is completed from there
+    self.engine = new_engine(context, self.policy_params, stage.slots, length, self.start)
     self._compile()
     self.results: dict[str, float] = {}
-    self.pending: tuple[int, list[dict[str, jax.Array]], dict[str, float]] | None = None
+    self.pending: Pending | None = None
+
+  @property
+  def policy_params(self) -> Params:
+    """Those of the decoder, without a value head on it."""
+    return {name: self.state.params[name] for name in self.context.table}
+
+  def _start(self) -> int:
+    """Goes on from the newest checkpoint, or starts afresh; returns the steps done."""
+    stage, context = self.stage, self.context
+    if isinstance(stage.critic, ValueHead):
+      table = {**context.table, heads.HEAD: heads.head_row(context.config)}
+      context = dataclasses.replace(context, table=table)
+    self.updater = Updater(stage.optimizer, context.table, context.layout)
+    abstract = abstract_state(self.updater, context)
+    saved = context.stage.restore(
+      _tree(abstract, self.critic.abstract() if self.critic is not None else None)
+    )
+    if saved is None:
+      params = context.params
+      if isinstance(stage.critic, ValueHead):
+        params = {**params, heads.HEAD: fresh_head(context)}
+      self.state = jax.jit(self.updater.create)(jax.tree.map(jnp.copy, params))
+      if self.critic is not None:
+        self.critic.start()
+      return 0
+    self.state = TrainState(*(saved.state[name] for name in ("step", "params", "optimizer")))
+    if self.critic is not None:
+      self.critic.state = saved.state["critic"]
+    self.prompts.set_state(saved.host["prompts"])
+    self.kl_coefficient, self.tokens = saved.host["kl_coefficient"], saved.host["tokens"]
+    return saved.step
 
   def _compile(self) -> None:
     stage, config = self.stage, self.context.config
     shared = {"config": config, "temperature": stage.sampling.temperature or 1.0}
     self._one_update = stage.epochs * stage.minibatches == 1
+    head = stage.critic if isinstance(stage.critic, ValueHead) else None
+    of_head = {"value_coefficient": head.coefficient, "value_clip": head.clip} if head else {}
     step = functools.partial(
       policy.policy_step,
       updater=self.updater,
       objective=stage.objective,
       first_update=self._one_update,
+      **of_head,
       **shared,
     )
     self._update = jax.jit(step, donate_argnums=0)
     self._score = jax.jit(functools.partial(policy.score, **shared))
+    self._score_values = jax.jit(functools.partial(score_values, config=config))
 
   def step(self, step: int, progress: Progress) -> None:
     """Samples, judges, updates; logs what the step before measured."""
     started = time.perf_counter()
-    judged, drawn = self._rollouts(step)
+    judged, figures = self._rollouts(step)
     self._flush(progress)
     sampled = time.perf_counter()
-    metrics = self._update_all(step, judged)
-    self.engine.update(self.state.params, step + 1)
-    figures = rollout_metrics(judged) | drawn
+    self.pending = self._learn(step, judged, figures)
+    self.engine.update(self.policy_params, step + 1)
     tokens = int(sum(c.tokens for c in judged.completions))
-    figures["perf/rollout_tokens_per_second"] = tokens / (sampled - started)
-    figures["perf/rollout_seconds"] = sampled - started
-    self.context.stage.samples(step + 1, sample_rows(judged, self.stage.sample_rows))
-    if step % HISTOGRAMS_EVERY == 0:
-      self.context.stage.histogram(step + 1, "reward", judged.rewards.total)
-      self.context.stage.histogram(step + 1, "length", [c.tokens for c in judged.completions])
-    self.pending = step + 1, metrics, figures
+    figures |= rollout_metrics(judged) | {
+      "rollout/tokens": float(self.tokens),
+      "perf/rollout_tokens_per_second": tokens / (sampled - started),
+      "perf/rollout_seconds": sampled - started,
+    }
+    self._sample(step + 1, judged)
+    figures["perf/step_seconds"] = time.perf_counter() - started
     done, stage = step + 1, self.stage
-    if stage.evaluate_every and done % stage.evaluate_every == 0 and done < stage.steps:
+    if stage.evaluate_every and done % stage.evaluate_every == 0 and done < stage.total:
       self._flush(progress)
       self._evaluate(done)
-    if stage.checkpoint_every and done % stage.checkpoint_every == 0 and done < stage.steps:
+    if stage.checkpoint_every and done % stage.checkpoint_every == 0 and done < stage.total:
       self._flush(progress)
-      self.context.stage.save(done, self.state, {"drawn": self.prompts.drawn})
-    if done == stage.steps:
+      self._save(done)
+    if done == stage.total:
       self._flush(progress)
 
   def finish(self) -> dict[str, float]:
     """The last held-out evaluation."""
-    self._evaluate(self.stage.steps)
+    self._evaluate(self.stage.total)
     return self.results
+
+  def _save(self, done: int) -> None:
+    critic = self.critic.state if self.critic is not None else None
+    host = {
+      "prompts": self.prompts.state(),
+      "kl_coefficient": self.kl_coefficient,
+      "tokens": self.tokens,
+    }
+    self.context.stage.save(done, _tree(self.state, critic), host)
+
+  def _sample(self, done: int, judged: Judged) -> None:
+    self.context.stage.samples(done, sample_rows(judged, self.stage.sample_rows))
+    if (done - 1) % HISTOGRAMS_EVERY == 0:
+      self.context.stage.histogram(done, "reward", judged.rewards.total)
+      self.context.stage.histogram(done, "length", [c.tokens for c in judged.completions])
+
+  def _judge(self, problems: list[Problem], key: jax.Array, **options: Any) -> Judged:
+    sampling = options.pop("sampling", self.stage.sampling)
+    return generate_and_judge(
+      self.engine,
+      problems,
+      self.task,
+      self.context.tokenizer,
+      self.stack,
+      sampling,
+      key=key,
+      **options,
+    )
 
   def _rollouts(self, step: int) -> tuple[Judged, dict[str, float]]:
     """The completions of one step: `prompts` groups. Where the objective drops groups, more are
@@ -190,17 +221,10 @@ class _Loop:
     dropped: list[Judged] = []
     groups = useful = 0
     for attempt in range(stage.resample_limit):
-      judged = generate_and_judge(
-        self.engine,
-        self.prompts.take(stage.prompts),
-        self.task,
-        self.context.tokenizer,
-        self.stack,
-        stage.sampling,
-        key=jax.random.fold_in(key, attempt),
-        n=stage.group_size,
-        first_group=groups,
-      )
+      problems = self.prompts.take(stage.prompts)
+      attempt_key = jax.random.fold_in(key, attempt)
+      judged = self._judge(problems, attempt_key, n=stage.group_size, first_group=groups)
+      self.tokens += sum(c.tokens for c in judged.completions)
       groups += stage.prompts
       keep = kept_groups(judged.rewards.total, judged.groups, objective=objective)
       useful += int(keep.sum()) // stage.group_size
@@ -211,73 +235,169 @@ class _Loop:
     rows = np.arange(stage.prompts * stage.group_size)
     chosen = concatenate([*kept, *dropped]).take(rows)
     figures = {
-      "rollout/groups_drawn": groups,
-      "rollout/groups_kept": useful,
+      "rollout/groups_drawn": float(groups),
+      "rollout/groups_kept": float(useful),
       "rollout/zero_variance": _zero_variance(chosen),
     }
     return chosen, figures
 
-  def _update_all(self, step: int, judged: Judged) -> list[dict[str, jax.Array]]:
-    """All updates of one step: `epochs` passes over `minibatches` of its groups."""
-    stage = self.stage
-    batches = [self._batch(part) for part in self._minibatches(judged)]
-    order = np.random.default_rng((self.context.seed, step))
-    metrics: list[dict[str, jax.Array]] = []
+  def _learn(self, step: int, judged: Judged, figures: dict[str, float]) -> Pending:
+    """Credit for the completions of one step, and all updates on them.
+
+    Minibatches are whole groups, in the order of the step; advantages are those of all of them.
+    """
+    stage, mesh = self.stage, self.context.mesh
+    parts = np.split(np.arange(len(judged.completions)), stage.minibatches)
+    packs = [
+      pack_rollouts(judged.take(rows).rollouts, stage.rows, stage.row_length) for rows in parts
+    ]
+    put = lambda tree: sharding.put(tree, sharding.batch_spec(1), mesh)
+    batches = [self._scored(put(pack.batch)) for pack in packs]
+    episodes = self._episodes(step, judged, packs, batches)
+    coefficient = self.kl_coefficient if self._kl_in_reward else None
+    credit = assign_credit(episodes, objective=stage.objective, kl_coefficient=coefficient)
+    batches = [
+      dataclasses.replace(batch, **put(pack.fields(_rows(credit, rows))))
+      for batch, pack, rows in zip(batches, packs, parts)
+    ]
+    if episodes.values is not None:
+      figures["critic/explained_variance"] = explained_variance(episodes, credit)
+    critic = self.critic.update(batches, self._order(step, 1)) if self.critic else []
+    metrics = self._update_policy(step, batches) if step >= stage.total - stage.steps else []
+    variance = float(credit.returns[episodes.mask].var(dtype=np.float64))
+    return Pending(step + 1, metrics, critic, figures, variance)
+
+  @property
+  def _kl_in_reward(self) -> bool:
+    kl = self.stage.objective.kl
+    return kl is not None and kl.where == "reward"
+
+  def _scored(self, batch: PolicyBatch) -> PolicyBatch:
+    """With the log-probs and values that the objective reads, under the weights of now."""
+    kl, scores = self.stage.objective.kl, {}
+    if self._kl_in_reward or not self._one_update:
+      scores["old_logprobs"] = self._score(self.policy_params, batch)
+    if kl is not None and kl.estimator != "exact":
+      scores["reference_logprobs"] = self._score(self.reference, batch)
+    if self.critic is not None:
+      scores["old_values"] = self.critic.values(batch)
+    elif self.stage.critic is not None:
+      scores["old_values"] = self._score_values(self.state.params, batch)
+    return dataclasses.replace(batch, **scores)
+
+  def _episodes(
+    self, step: int, judged: Judged, packs: list[Packed], batches: list[PolicyBatch]
+  ) -> Episodes:
+    """The completions of a step, with all that the objective wants to know of them."""
+    stage, objective = self.stage, self.stage.objective
+    right = judged.rewards.components[CORRECT] >= 1
+    mask = np.concatenate([pack.drawn for pack in packs])
+    known: dict[str, Any] = {"right": right} if objective.positive_nll else {}
+    join = lambda arrays: np.concatenate(
+      [pack.take_back(x) for pack, x in zip(packs, whole(arrays))]
+    )
+    if stage.critic is not None:
+      known["values"] = join([batch.old_values for batch in batches])
+    if self._kl_in_reward and objective.kl is not None:
+      old = join([batch.old_logprobs for batch in batches])
+      reference = join([batch.reference_logprobs for batch in batches])
+      estimator = objective.kl.estimator
+      kl = kl_estimate(*map(jnp.asarray, (old, reference, mask)), estimator=estimator)
+      known["kl"] = np.asarray(kl)
+    if isinstance(objective.advantage, Greedy):
+      judge = functools.partial(self._judge, key=self.context.key("greedy", step))
+      known["greedy"], tokens = episode.greedy_rewards(judge, judged, stage.sampling)
+      self.tokens += tokens
+    if stage.steps_of is not None:
+      known |= self._steps(step, judged)
+    rewards, groups = judged.rewards.total, judged.groups
+    return Episodes(rewards=rewards, truncated=cut(judged), groups=groups, mask=mask, **known)
+
+  def _steps(self, step: int, judged: Judged) -> dict[str, np.ndarray]:
+    """Where the steps of completions end, and what they are worth."""
+    options, advantage = self.stage.steps_of, self.stage.objective.advantage
+    assert options is not None
+    tokenizer = self.context.tokenizer
+    ends = episode.step_ends(judged, tokenizer, options.mark)
+    if not isinstance(advantage, MonteCarlo):
+      assert options.rewards is not None  # see `Online`
+      rewards = episode.step_rewards(judged, ends, tokenizer, options.rewards)
+      return {"step_ends": ends, "step_rewards": rewards}
+    values, tokens = episode.step_values(
+      judged,
+      ends,
+      engine=self.engine,
+      tokenizer=tokenizer,
+      stack=self.stack,
+      sampling=self.stage.sampling,
+      count=advantage.rollouts,
+      key=self.context.key("steps", step),
+    )
+    self.tokens += tokens
+    prompts = episode.group_means(judged.rewards.total, judged.groups)
+    return {"step_ends": ends, "step_values": values, "prompt_values": prompts}
+
+  def _order(self, step: int, network: int) -> np.random.Generator:
+    """Draws the order of minibatches: of the policy (0), of the critic (1)."""
+    return np.random.default_rng((self.context.seed, step, network))
+
+  def _update_policy(self, step: int, batches: list[PolicyBatch]) -> list[Metrics]:
+    """`epochs` passes over the minibatches, fewer when the policy has moved by `stop_kl`."""
+    stage, kl = self.stage, self.stage.objective.kl
+    given: dict[str, Any] = {}
+    if kl is not None and kl.estimator == "exact":
+      given["reference"] = self.reference
+    if kl is not None and kl.controller is not None:
+      given["kl_coefficient"] = jnp.float32(self.kl_coefficient)
+    order = self._order(step, 0)
+    metrics: list[Metrics] = []
     for _ in range(stage.epochs):
       for i in order.permutation(len(batches)):
-        self.state, measured = self._update(self.state, batches[i])
+        self.state, measured = self._update(self.state, batches[i], **given)
         metrics.append(measured)
+      if stage.stop_kl is not None:
+        moved = [m["policy/approx_kl"].item() for m in metrics[-len(batches) :]]
+        if np.mean(moved) > stage.stop_kl:
+          break
     return metrics
-
-  def _minibatches(self, judged: Judged) -> Iterator[tuple[Judged, Any]]:
-    """Whole groups stay together; advantages are those of the whole step."""
-    stage = self.stage
-    lengths = np.array([c.tokens for c in judged.completions])
-    cut = np.isin(judged.rollouts.stop, (StopReason.LENGTH, StopReason.BUDGET))
-    credit = assign_credit(
-      judged.rewards.total, lengths, cut, judged.groups, objective=stage.objective
-    )
-    for rows in np.split(np.arange(len(lengths)), stage.minibatches):
-      part = dataclasses.replace(
-        credit,
-        rewards=credit.rewards[rows],
-        advantages=credit.advantages[rows],
-        trained=credit.trained[rows],
-      )
-      yield judged.take(rows), part
-
-  def _batch(self, part: tuple[Judged, Any]) -> PolicyBatch:
-    packed = pack_policy(*part, self.stage.rows, self.stage.row_length)
-    batch = sharding.put(packed, sharding.batch_spec(1), self.context.mesh)
-    if not self._one_update:
-      batch = batch.replace(old_logprobs=self._score(self.state.params, batch))
-    if self.reference is not None:
-      batch = batch.replace(reference_logprobs=self._score(self.reference, batch))
-    return batch
 
   def _flush(self, progress: Progress) -> None:
     """Logs the step that is pending; its updates have long been dispatched."""
     if self.pending is None:
       return
-    step, updates, figures = self.pending
+    step, updates, of_critic, figures, variance = self.pending
     self.pending = None
-    measured = jax.device_get(updates)
-    metrics = {}
-    for name in measured[0]:
-      values = np.array([m[name] for m in measured])
-      metrics[name] = float(values.max() if name.endswith("_max") else values.mean())
+    measured, critic = jax.device_get((updates, of_critic))
+    metrics = _averaged(measured) | _averaged(critic)
+    last = (critic or measured)[-self.stage.minibatches :]
+    if "critic/error" in metrics:
+      error = float(np.mean([m["critic/error"] for m in last]))
+      metrics["critic/explained_variance_after"] = share_explained(error, variance)
+    if measured:
+      metrics["policy/epochs"] = len(measured) / self.stage.minibatches
     try:
       check_finite(metrics, step)
     except ValueError as error:
       raise ValueError(f"stage {self.stage.name}: {error}") from error
+    self._control(metrics)
     self.context.stage.log(step, metrics | figures)
+    shown = {"entropy": "policy/entropy", "gap": "rollout/logprob_gap_max"}
+    shown |= {"value_loss": "critic/loss", "kl": "policy/kl"}
     progress.update(
       step,
       tokens=int(figures["length/mean"] * self.stage.prompts * self.stage.group_size),
       reward=figures["reward"],
-      entropy=metrics["policy/entropy"],
-      gap=metrics["rollout/logprob_gap_max"],
+      **{name: metrics[metric] for name, metric in shown.items() if metric in metrics},
     )
+
+  def _control(self, metrics: dict[str, float]) -> None:
+    """Moves the coefficient of the KL by what the step measured."""
+    kl = self.stage.objective.kl
+    if kl is None or "policy/kl" not in metrics:
+      return
+    metrics["policy/kl_coefficient"] = self.kl_coefficient
+    if kl.controller is not None:
+      self.kl_coefficient = adapted(self.kl_coefficient, metrics["policy/kl"], kl.controller)
 
   def _evaluate(self, step: int) -> None:
     stage = self.stage
@@ -285,6 +405,25 @@ class _Loop:
       self.engine, self.task, self.stack, stage.sampling, stage.evaluate_problems, self.context
     )
     self.context.stage.log(step, self.results)
+
+
+def _tree(policy: Any, critic: Any) -> dict[str, Any]:
+  """The arrays of a checkpoint: those of the policy's train state, and the critic's beside them."""
+  fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
+  return fields | ({} if critic is None else {"critic": critic})
+
+
+def _rows(credit: Credit, rows: np.ndarray) -> Credit:
+  return Credit(*(getattr(credit, f.name)[rows] for f in dataclasses.fields(credit)))
+
+
+def _averaged(updates: list[dict[str, Any]]) -> dict[str, float]:
+  """The mean of each metric over the updates of a step; the largest where its name says so."""
+  metrics = {}
+  for name in updates[0] if updates else ():
+    values = np.array([m[name] for m in updates])
+    metrics[name] = float(values.max() if name.endswith("_max") else values.mean())
+  return metrics
 
 
 def _zero_variance(judged: Judged) -> float:
@@ -295,22 +434,3 @@ def _zero_variance(judged: Judged) -> float:
   np.minimum.at(low, group, total)
   np.maximum.at(high, group, total)
   return float(np.mean(low == high))
-
-
-def _held_out(task: Problems, count: int) -> list[Problem]:
-  if len(task.held_out) < count:
-    raise ValueError(f"held-out problems: expected at least {count}, found {len(task.held_out)}")
-  return [task.held_out[i] for i in range(count)]
-
-
-def _engine(
-  context: Context, params: Params, slots: int, max_length: int, version: int = 0
-) -> Engine:
-  return Engine(
-    context.config,
-    params,
-    slots=slots,
-    max_length=max_length,
-    detokenizer=functools.partial(IncrementalDetokenizer, context.tokenizer),
-    version=version,
-  )

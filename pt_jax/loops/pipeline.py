@@ -5,17 +5,20 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 
 from pt_jax import sharding
-from pt_jax.experiment import Experiment, Offline, Online, Stage, Supervised
-from pt_jax.loops import report
+from pt_jax.experiment import Experiment, Offline, Online, Preference, Reward, Stage, Supervised
+from pt_jax.loops import preference, report, reward_model
 from pt_jax.loops.checks import check_model, check_stage
 from pt_jax.loops.context import Context, initial_params
+from pt_jax.loops.evaluation import run_evaluate
 from pt_jax.loops.offline import Outputs, read_outputs
-from pt_jax.loops.online import run_evaluate, run_online
+from pt_jax.loops.online import run_online
+from pt_jax.loops.preference import run_preference
+from pt_jax.loops.reward_model import run_reward
 from pt_jax.loops.run import Run
 from pt_jax.loops.supervised import run_supervised
 from pt_jax.models import decoder, hf
@@ -33,7 +36,10 @@ PICTURES = (
 
 
 # Pictures of what a kind of stage kept of its last held-out evaluation: (stage's name, outputs) ->
-PICTURED: dict[type[Offline], Callable[[str, Outputs], list[report.Drawn]]] = {}
+PICTURED: dict[type[Offline], Callable[[str, Outputs], list[report.Drawn]]] = {
+  Preference: preference.draw,
+  Reward: reward_model.draw,
+}
 Results = dict[str, dict[str, float]]  # stage name -> its figures
 
 
@@ -145,6 +151,10 @@ def _policy_of(
 def _run_stage(stage: Stage, context: Context) -> tuple[Params, dict[str, float]]:
   if isinstance(stage, Supervised):
     return run_supervised(stage, context)
+  if isinstance(stage, Reward):
+    return run_reward(stage, context)
+  if isinstance(stage, Preference):
+    return run_preference(stage, context)
   if isinstance(stage, Online):
     return run_online(stage, context)
   return run_evaluate(stage, context)
@@ -153,5 +163,5 @@ def _run_stage(stage: Stage, context: Context) -> tuple[Params, dict[str, float]
 def _opened_once(stage: Stage) -> Stage:
   """The stage with its data function remembering what it opened: checks and loop share it."""
   if isinstance(stage, Offline):
-    return dataclasses.replace(stage, data=functools.cache(stage.data))
+    return dataclasses.replace(stage, data=cast(Any, functools.cache(stage.data)))
   return dataclasses.replace(stage, problems=functools.cache(stage.problems))

@@ -59,6 +59,11 @@ def share(right: ArrayLike) -> Share:
   return Share(p, max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0), n)
 
 
+def sigmoid(x: ArrayLike) -> np.ndarray:
+  """1 / (1 + exp(-x)), float64, without overflow."""
+  return np.exp(-np.logaddexp(0, -np.asarray(x, np.float64)))
+
+
 def right_order(margins: ArrayLike) -> np.ndarray:
   """[N] margins, chosen - rejected, to 1 where they are over 0, 0.5 at 0 and 0 below."""
   return 0.5 * (1 + np.sign(np.asarray(margins, np.float64)))
@@ -118,8 +123,7 @@ def pair_calibration(margins: ArrayLike, *, bins: int = BINS) -> Calibration:
   Which of the two stands first is arbitrary, so the prediction is that of the higher reward.
   """
   margins = np.asarray(margins, np.float64)
-  confidence = 1 / (1 + np.exp(-np.abs(margins)))
-  return calibration(confidence, right_order(margins), low=0.5, bins=bins)
+  return calibration(sigmoid(np.abs(margins)), right_order(margins), low=0.5, bins=bins)
 
 
 def agreement(margins: np.ndarray) -> Agreement:

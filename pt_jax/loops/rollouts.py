@@ -19,6 +19,11 @@ from pt_jax.rollout.engine import Engine
 from pt_jax.rollout.rollouts import Rollouts, SamplingParams, StopReason
 
 CORRECT = "correct"  # the reward component that pass@1 is the mean of
+# Fields of a policy batch that are 0 until something scores it or credit is assigned.
+UNSCORED = (
+  *("advantages", "returns", "positive"),
+  *("old_logprobs", "reference_logprobs", "old_values"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +79,23 @@ def generate_and_judge(
         f"{sampling.max_tokens} exceed row_length {engine.max_length}"
       )
   rollouts = engine.generate(prompts, sampling, key=key, n=n)
+  asked = [problem for problem in problems for _ in range(n)]
+  completions = read_completions(asked, rollouts, np.asarray(rollouts.prompt_length), tokenizer)
+  groups = first_group + np.repeat(np.arange(len(problems)), n)
+  return Judged(completions, rollouts, stack(completions), groups)
+
+
+def read_completions(
+  problems: Sequence[Problem], rollouts: Rollouts, starts: np.ndarray, tokenizer: Tokenizer
+) -> list[Completion]:
+  """The decoded completions of rollouts: one of each problem, from its start [B] on."""
   completions = []
-  for i, problem in enumerate(p for p in problems for _ in range(n)):
-    tokens = rollouts.tokens[i, rollouts.prompt_length[i] : rollouts.length[i]].tolist()
+  for i, problem in enumerate(problems):
+    tokens = rollouts.tokens[i, starts[i] : rollouts.length[i]].tolist()
     stop = StopReason(int(rollouts.stop[i]))
     text = tokenizer.decode(tokens[:-1] if stop == StopReason.TOKEN else tokens)
     completions.append(Completion(problem, text, len(tokens), stop))
-  groups = first_group + np.repeat(np.arange(len(problems)), n)
-  return Judged(completions, rollouts, stack(completions), groups)
+  return completions
 
 
 def concatenate(parts: Sequence[Judged]) -> Judged:
@@ -111,35 +125,74 @@ def concatenate(parts: Sequence[Judged]) -> Judged:
   )
 
 
-def pack_policy(judged: Judged, credit: Credit, rows: int, row_length: int) -> PolicyBatch:
+@dataclasses.dataclass(frozen=True)
+class Packed:
+  """Completions laid into rows of a policy batch, on the host; N completions of W tokens at most
+  (prompts included), A microbatches of B rows of S positions."""
+
+  plan: packing.Plan  # of N completions in A * B rows
+  drawn: np.ndarray  # [N, W] bool, the tokens of completions
+  batch: PolicyBatch  # leaves [A, B, S]; advantages, scores and returns are 0
+
+  def lay_out(self, values: np.ndarray) -> np.ndarray:
+    """[N, W] to [A, B, S] float32, 0 where no token stands."""
+    rows = packing.lay_out(self.plan, np.asarray(values, np.float32))
+    return rows.reshape(self.batch.tokens.shape)
+
+  def take_back(self, values: np.ndarray) -> np.ndarray:
+    """[A, B, S] to [N, W]."""
+    flat = np.asarray(values).reshape(-1, self.plan.row_length)
+    return packing.take_back(self.plan, flat, self.drawn.shape[1])
+
+  def fields(self, credit: Credit) -> dict[str, np.ndarray]:
+    """What credit decides of the batch: mask, advantages, returns, positive; [A, B, S] each."""
+    trained = self.drawn & credit.trained[:, None]
+    return {
+      "mask": self.lay_out(trained),
+      "advantages": self.lay_out(np.where(trained, credit.advantages, 0)),
+      "returns": self.lay_out(np.where(trained, credit.returns, 0)),
+      "positive": self.lay_out(trained & credit.positive[:, None]),
+    }
+
+
+def drawn_tokens(rollouts: Rollouts) -> np.ndarray:
+  """[N, W] bool, which tokens of the rollouts belong to completions."""
+  index = np.arange(rollouts.tokens.shape[1])
+  start, stop = (np.asarray(x)[:, None] for x in (rollouts.prompt_length, rollouts.length))
+  return (index >= start) & (index < stop)
+
+
+def pack_rollouts(rollouts: Rollouts, rows: int, row_length: int) -> Packed:
   """Packs completions into a policy batch of [A, rows, row_length] NumPy arrays.
 
   A is the next power of two of what they need, so that few programs are compiled; the microbatches
-  behind hold nothing and are not computed.
-
-  Old and reference log-probs are 0: `steps.policy.score` fills them in where they are read.
+  behind hold nothing and are not computed. All tokens of completions are in the mask.
   """
-  r = judged.rollouts
+  r, drawn = rollouts, drawn_tokens(rollouts)
   plan = packing.pack(r.length, row_length, rows_multiple=rows)
   microbatches = 1 << (plan.rows // rows - 1).bit_length()
   plan = dataclasses.replace(plan, rows=microbatches * rows)
-  index = np.arange(r.tokens.shape[1])
-  drawn = (index >= r.prompt_length[:, None]) & (index < r.length[:, None])
-  drawn &= credit.trained[:, None]
-  field = lambda values: packing.lay_out(plan, values.astype(np.float32))
-  mask = field(drawn)
+  positions = np.broadcast_to(np.arange(drawn.shape[1]), drawn.shape)
+  mask = packing.lay_out(plan, drawn.astype(np.float32))
   zeros = np.zeros_like(mask)
   batch = PolicyBatch(
     tokens=cast(Any, packing.lay_out(plan, np.asarray(r.tokens))),
-    positions=cast(Any, packing.lay_out(plan, np.broadcast_to(index, drawn.shape), 0, np.int32)),
+    positions=cast(Any, packing.lay_out(plan, positions, 0, np.int32)),
     segment_ids=cast(Any, packing.spread(plan, plan.segment, PADDING_SEGMENT, np.int32)),
     mask=cast(Any, mask),
-    advantages=cast(Any, packing.spread(plan, credit.advantages) * (mask > 0)),
-    old_logprobs=cast(Any, zeros),
-    sampler_logprobs=cast(Any, field(np.where(drawn, r.logprobs, 0))),
-    reference_logprobs=cast(Any, zeros),
+    sampler_logprobs=cast(
+      Any, packing.lay_out(plan, np.where(drawn, r.logprobs, 0).astype(np.float32))
+    ),
+    **{name: cast(Any, zeros) for name in UNSCORED},
   )
-  return jax.tree.map(lambda x: x.reshape(-1, rows, row_length), batch)
+  shape = (-1, rows, row_length)
+  return Packed(plan, drawn, jax.tree.map(lambda x: x.reshape(shape), batch))
+
+
+def pack_policy(judged: Judged, credit: Credit, rows: int, row_length: int) -> PolicyBatch:
+  """`pack_rollouts` with the credit that was assigned to them."""
+  packed = pack_rollouts(judged.rollouts, rows, row_length)
+  return dataclasses.replace(packed.batch, **cast(Any, packed.fields(credit)))
 
 
 def rollout_metrics(judged: Judged) -> dict[str, float]:
@@ -155,6 +208,11 @@ def rollout_metrics(judged: Judged) -> dict[str, float]:
   for reason in StopReason:
     metrics[f"stop/{reason.name.lower()}"] = float(np.mean(judged.rollouts.stop == reason))
   return metrics
+
+
+def cut(judged: Judged) -> np.ndarray:
+  """[B] bool, completions that a limit ended."""
+  return np.isin(judged.rollouts.stop, (StopReason.LENGTH, StopReason.BUDGET))
 
 
 def sample_rows(judged: Judged, count: int) -> list[dict[str, Any]]:

@@ -137,6 +137,11 @@ class Stage:
     self._checkpoints = Checkpointer(run.folder / CHECKPOINTS / name, keep=keep)
 
   @property
+  def folder(self) -> Path:
+    """Of the run."""
+    return self._run.folder
+
+  @property
   def finished(self) -> bool:
     """Whether `finish` was called, now or before the run was killed."""
     with Checkpointer(self._params_folder) as saved:

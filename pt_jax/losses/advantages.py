@@ -14,9 +14,9 @@ SCALES: tuple[str, ...] = typing.get_args(Scale)
 
 
 def group_relative(
-  rewards: np.ndarray, groups: np.ndarray, *, scale: Scale, epsilon: float
+  rewards: np.ndarray, groups: np.ndarray, *, scale: Scale, epsilon: float, ddof: int = 1
 ) -> np.ndarray:
-  """(R - mean of the group) / (std + epsilon), std with ddof 1.
+  """(R - mean of the group) / (std + epsilon).
 
   Args:
     rewards: [B].
@@ -25,6 +25,7 @@ def group_relative(
       difference alone (Dr. GRPO, arXiv 2503.20783: dividing favours prompts that are too easy or
       too hard).
     epsilon: added to the std, in units of reward. TRL takes 1e-4, verl 1e-6.
+    ddof: the std divides by n - ddof: 1 as in TRL and verl, 0 for the std of just these rewards.
 
   Returns:
     [B] float32; exactly 0 for a group of one and for a group of equal rewards.
@@ -34,11 +35,27 @@ def group_relative(
 
   Source: arXiv 2402.03300, section 4.1.2.
   """
-  rewards, centred, group_std = _group_statistics(rewards, groups)
+  rewards, centred, group_std, _ = _group_statistics(rewards, groups, ddof)
   if scale == "none":
     return centred.astype(np.float32)
-  std = group_std if scale == "group" else np.std(rewards, ddof=min(1, len(rewards) - 1))
+  std = group_std if scale == "group" else np.std(rewards, ddof=min(ddof, len(rewards) - 1))
   return (centred / np.where(centred == 0, 1, std + epsilon)).astype(np.float32)
+
+
+def leave_one_out(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
+  """R - mean of the other rewards of the group = (R - mean of the group) n / (n - 1).
+
+  Args:
+    rewards: [B].
+    groups: [B] int.
+
+  Returns:
+    [B] float32; 0 for a group of one, which has no others.
+
+  Source: arXiv 2402.14740, eq. 9.
+  """
+  _, centred, _, size = _group_statistics(rewards, groups)
+  return (centred * size / np.maximum(size - 1, 1)).astype(np.float32)
 
 
 def informative(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -68,9 +85,9 @@ def overlong_penalty(lengths: np.ndarray, *, max_length: int, buffer: int) -> np
 
 
 def _group_statistics(
-  rewards: np.ndarray, groups: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Rewards, rewards less the mean of their group, std of their group (ddof 1); [B] float64 each.
+  rewards: np.ndarray, groups: np.ndarray, ddof: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """Rewards, rewards less the mean of their group, its std, its size; [B] float64 each.
 
   Float64 sums of float32 rewards are exact, so equal rewards differ from their mean by exactly 0.
   """
@@ -85,5 +102,5 @@ def _group_statistics(
     raise ValueError(f"rewards[{row}]: expected a finite number, found {rewards[row]}")
   _, index, size = np.unique(groups, return_inverse=True, return_counts=True)
   centred = rewards - (np.bincount(index, rewards) / size)[index]
-  variance = np.bincount(index, centred**2) / np.maximum(size - 1, 1)
-  return rewards, centred, np.sqrt(variance)[index]
+  variance = np.bincount(index, centred**2) / np.maximum(size - ddof, 1)
+  return rewards, centred, np.sqrt(variance)[index], size[index]

@@ -1,15 +1,18 @@
-"""KL(policy || reference), estimated on tokens that the policy sampled."""
+"""KL(policy || reference), estimated on tokens that the policy sampled.
+
+`exact` is no estimate: the sum over the vocabulary, `models.divergence`, which needs both models in
+the step.
+"""
 
 import typing
-from typing import Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from pt_jax.losses.options import Estimator, KlController
 from pt_jax.losses.ratio import log_ratio
 
-Estimator = Literal["k1", "k2", "k3"]
 ESTIMATORS: tuple[str, ...] = typing.get_args(Estimator)
 
 
@@ -27,13 +30,17 @@ def kl_estimate(
     logprobs: [B, S] float32, under the policy that is trained.
     reference_logprobs: [B, S] float32, under the reference.
     mask: [B, S], 0 where the token is not trained.
-    estimator: one of `ESTIMATORS`.
+    estimator: k1, k2 or k3.
 
   Returns:
     [B, S] nats, 0 outside the mask.
 
   Source: http://joschu.net/blog/kl-approx.html
   """
+  if estimator == "exact":
+    raise ValueError(
+      "kl_estimate: expected k1, k2 or k3, found 'exact', which needs the vocabulary"
+    )
   chex.assert_rank([logprobs, reference_logprobs, mask], 2)
   chex.assert_equal_shape([logprobs, reference_logprobs, mask])
   difference = log_ratio(reference_logprobs, logprobs, mask)
@@ -42,3 +49,16 @@ def kl_estimate(
   if estimator == "k2":
     return 0.5 * jnp.square(difference)
   return jnp.expm1(difference) - difference
+
+
+def adapted(coefficient: float, kl: float, controller: KlController) -> float:
+  """The coefficient for the next step, after a step that measured `kl` nats per token.
+
+  See `KlController` for both rules.
+  """
+  if controller.rule == "proportional":
+    error = min(max(kl / controller.target - 1, -0.2), 0.2)
+    return coefficient * (1 + controller.gain * error)
+  if kl > 1.5 * controller.target:
+    return 2 * coefficient
+  return coefficient / 2 if kl < controller.target / 1.5 else coefficient

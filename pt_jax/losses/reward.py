@@ -135,18 +135,18 @@ def reward_loss(
     raise ValueError("hashes: objective.bootstrap needs them, found None")
   batch = _Packed(segments.segment_ends(segment_ids), group_ids, mask, labels, margins)
   counts = _counts(batch, weights, objective.kind)
-  members = [values[..., e] for e in range(values.shape[-1])]
-  loss, scores = jnp.zeros_like(weights), []
-  for e, value in enumerate(members):
-    member_loss, score, _ = _JUDGES[objective.kind](batch, value, objective)
-    if objective.bootstrap and hashes is not None:
-      member_loss *= bootstrap.poisson_weights(hashes, e)
-    loss += member_loss / len(members)
-    scores.append(score)
-  mean = sum(members[1:], members[0]) / len(members)
-  _, _, metrics = _JUDGES[objective.kind](batch, mean, objective)
-  if len(members) > 1:
-    metrics["spread"] = jnp.std(jnp.stack(scores), axis=0)
+  # The members, and their mean for the metrics, are judged by one program (`vmap`).
+  mean = jnp.mean(values, -1, keepdims=True)
+  judge = lambda value: _JUDGES[objective.kind](batch, value, objective)
+  losses, scores, metrics = jax.vmap(judge, -1, -1)(jnp.concatenate([values, mean], -1))
+  members = values.shape[-1]
+  drawn = [1.0] * members
+  if objective.bootstrap and hashes is not None:
+    drawn = [bootstrap.poisson_weights(hashes, e) for e in range(members)]
+  loss = sum((losses[..., e] * drawn[e] / members for e in range(members)), jnp.zeros_like(weights))
+  metrics = {name: metric[..., -1] for name, metric in metrics.items()}
+  if members > 1:
+    metrics["spread"] = jnp.std(scores[..., :-1], axis=-1)
   keep = lambda x: jnp.where(counts > 0, x, 0)
   return keep(loss), counts, {k: jax.lax.stop_gradient(keep(v)) for k, v in metrics.items()}
 

@@ -40,6 +40,6 @@ def values(
   return apply_head(params, c, decoder.forward(params, c, tokens, positions, segment_ids))
 
 
-def from_decoder(params: Params, fresh: Params) -> Params:
-  """A tree of `table`: the trunk of a trained decoder under the head of freshly drawn `fresh`."""
-  return {name: fresh[name] if name == HEAD else params[name] for name in fresh}
+def from_decoder(params: Params, head: jax.Array) -> Params:
+  """A tree of `table`: the trunk of a trained decoder (or value model) under a head [E, D]."""
+  return {name: w for name, w in params.items() if name != "unembed"} | {HEAD: head}

@@ -4,24 +4,33 @@ functions."""
 import jax
 import jax.numpy as jnp
 
-from pt_jax.data.batch import Batch, PolicyBatch
+from pt_jax.data.batch import Batch, ComparisonBatch, PolicyBatch
 from pt_jax.losses import reduce
 from pt_jax.losses.mismatch import logprob_gap
 from pt_jax.losses.objective import Objective
 from pt_jax.losses.policy import policy_loss
 from pt_jax.losses.reduce import Sum
-from pt_jax.models import decoder
+from pt_jax.losses.value import value_loss
+from pt_jax.models import decoder, heads
 from pt_jax.models.config import ModelConfig
+from pt_jax.models.divergence import next_token_kl
 from pt_jax.models.logprobs import TokenStatistics, next_token_statistics
+from pt_jax.models.vocabulary import at_next_token
 from pt_jax.steps.state import Max, TrainState, Updater, means, microbatch
 from pt_jax.weights import Params
 
+AnyBatch = Batch | PolicyBatch | ComparisonBatch
 
-def token_statistics(
-  params: Params, batch: Batch | PolicyBatch, config: ModelConfig, temperature: float
+
+def hidden_states(params: Params, batch: AnyBatch, config: ModelConfig) -> jax.Array:
+  """[B, S, D] of a batch [B, S]."""
+  return decoder.forward(params, config, batch.tokens, batch.positions, batch.segment_ids)
+
+
+def statistics_of(
+  hidden: jax.Array, params: Params, batch: AnyBatch, config: ModelConfig, temperature: float
 ) -> TokenStatistics:
-  """Log-prob, entropy and top-1 [B, S] of all tokens of a batch [B, S] at a temperature."""
-  hidden = decoder.forward(params, config, batch.tokens, batch.positions, batch.segment_ids)
+  """Log-prob, entropy and top-1 [B, S] of all tokens of a batch, from its hidden states."""
   return next_token_statistics(
     hidden,
     decoder.unembedding(params, config),
@@ -31,14 +40,25 @@ def token_statistics(
   )
 
 
-def filled(batch: PolicyBatch) -> jax.Array:
+def token_statistics(
+  params: Params, batch: AnyBatch, config: ModelConfig, temperature: float
+) -> TokenStatistics:
+  """Log-prob, entropy and top-1 [B, S] of all tokens of a batch [B, S] at a temperature."""
+  return statistics_of(hidden_states(params, batch, config), params, batch, config, temperature)
+
+
+def filled(batch: PolicyBatch | ComparisonBatch) -> jax.Array:
   """[] int32, microbatches of a batch [A, B, S] up to the last one that holds a token."""
   held = (batch.segment_ids >= 0).any((1, 2))
   return jnp.max(jnp.where(held, jnp.arange(1, len(held) + 1), 0))
 
 
 def score(
-  params: Params, batch: PolicyBatch, *, config: ModelConfig, temperature: float
+  params: Params,
+  batch: PolicyBatch | ComparisonBatch,
+  *,
+  config: ModelConfig,
+  temperature: float,
 ) -> jax.Array:
   """Log-probs [A, B, S] of the trained tokens under `params`, 0 elsewhere: the old or the reference
   ones of a batch with leaves [A, B, S], one microbatch at a time."""
@@ -48,7 +68,7 @@ def score(
     stats = token_statistics(params, part, config, temperature)
     return scores.at[i].set(jnp.where(part.mask > 0, stats.logprobs, 0))
 
-  return jax.lax.fori_loop(0, filled(batch), one, jnp.zeros_like(batch.old_logprobs))
+  return jax.lax.fori_loop(0, filled(batch), one, jnp.zeros_like(batch.reference_logprobs))
 
 
 def policy_objective(
@@ -59,47 +79,71 @@ def policy_objective(
   objective: Objective,
   temperature: float,
   first_update: bool,
+  reference: Params | None = None,
+  kl_coefficient: jax.Array | None = None,
+  positive_scale: jax.Array | float = 0.0,
+  value_coefficient: float = 0.0,
+  value_clip: float | None = None,
 ) -> tuple[Sum, dict[str, Sum | Max]]:
   """The objective of one microbatch under its reduction, and its metrics per trained token.
 
   Args:
-    params: of `decoder.table(config)`.
+    params: of `decoder.table(config)`; with a `value_coefficient` also with a head.
     batch: leaves [B, S].
     config: the model.
     objective: the algorithm.
     temperature: the one the rollouts were sampled at.
     first_update: the batch has not been trained on yet and there will be one update, so the
-    log-probs
-      of this very pass are the old ones and `batch.old_logprobs` is not read.
+      log-probs of this very pass are the old ones and `batch.old_logprobs` is not read.
+    reference: parameters of the reference policy, for an exact KL.
+    kl_coefficient: [] where a controller moves it.
+    positive_scale: what the NLL of `batch.positive` is multiplied by; see `policy_step`.
+    value_coefficient: of the value loss, where the critic is a head on the policy.
+    value_clip: of that loss.
   """
-  stats = token_statistics(params, batch, config, temperature)
+  hidden = hidden_states(params, batch, config)
+  stats = statistics_of(hidden, params, batch, config, temperature)
   logprobs = jnp.where(batch.mask > 0, stats.logprobs, 0)
   old = jax.lax.stop_gradient(logprobs) if first_update else batch.old_logprobs
+  exact = None
+  if objective.kl is not None and objective.kl.estimator == "exact":
+    exact = _exact_kl(hidden, params, reference, batch, config, temperature)
   loss, metrics = policy_loss(
     logprobs,
     old,
     batch.advantages,
     batch.mask,
+    batch.segment_ids,
     objective=objective,
     reference_logprobs=batch.reference_logprobs,
+    exact_kl=exact,
+    sampler_logprobs=batch.sampler_logprobs,
+    entropy=stats.entropy,
+    kl_coefficient=kl_coefficient,
   )
   mean = lambda values: reduce.reduce("token_mean", values, batch.mask, batch.segment_ids)
-  gap = logprob_gap(old, batch.sampler_logprobs, batch.mask)
   sums: dict[str, Sum | Max] = {f"policy/{name}": mean(value) for name, value in metrics.items()}
-  sums |= {
-    "policy/entropy": mean(stats.entropy),
-    "rollout/logprob_gap_mean": mean(gap["logprob_gap"]),
-    "rollout/logprob_gap_max": Max(gap["logprob_gap"].max()),
-    "rollout/logprob_gap_kl": mean(gap["logprob_gap_kl"]),
-  }
-  value = reduce.reduce(
+  sums |= {"policy/entropy": mean(stats.entropy)} | _gap(old, batch)
+  if value_coefficient:
+    values = at_next_token(heads.apply_head(params, config, hidden)[..., 0])
+    of_value, measured = value_loss(
+      values, batch.returns, batch.old_values, batch.mask, clip=value_clip
+    )
+    loss += value_coefficient * of_value
+    sums |= {"critic/loss": mean(of_value)}
+    sums |= {f"critic/{name}": mean(value) for name, value in measured.items()}
+  whole = reduce.reduce(
     objective.reduction,
     loss,
     batch.mask,
     batch.segment_ids,
     constant_length=objective.constant_length,
   )
-  return value, jax.lax.stop_gradient(sums)
+  if objective.positive_nll:
+    nll = reduce.reduce("token_mean", -logprobs, batch.positive, batch.segment_ids)
+    sums["policy/positive_nll"] = nll
+    whole = Sum(whole.total + positive_scale * nll.total, whole.weight)
+  return whole, jax.lax.stop_gradient(sums)
 
 
 def policy_step(
@@ -111,9 +155,19 @@ def policy_step(
   objective: Objective,
   temperature: float,
   first_update: bool,
+  reference: Params | None = None,
+  kl_coefficient: jax.Array | None = None,
+  value_coefficient: float = 0.0,
+  value_clip: float | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimizer update over A microbatches; batch leaves are [A, B, S]. See
-  `policy_objective`. Microbatches behind the last one that holds a token are not computed."""
+  `policy_objective`. Microbatches behind the last one that holds a token are not computed.
+
+  The NLL of right completions is averaged over their own tokens. To divide once all the same, its
+  total is scaled by the ratio of both weights of the whole batch.
+  """
+  count = filled(batch)
+  scale = _positive_scale(batch, objective, count) if objective.positive_nll else 0.0
 
   def loss(params: Params, part: PolicyBatch) -> tuple[Sum, dict[str, Sum | Max]]:
     return policy_objective(
@@ -123,8 +177,60 @@ def policy_step(
       objective=objective,
       temperature=temperature,
       first_update=first_update,
+      reference=reference,
+      kl_coefficient=kl_coefficient,
+      positive_scale=scale,
+      value_coefficient=value_coefficient,
+      value_clip=value_clip,
     )
 
-  grads, value, metrics = updater.accumulate(loss, state.params, batch, filled(batch))
+  grads, value, metrics = updater.accumulate(loss, state.params, batch, count)
   state, optimizer_metrics = updater.apply(state, grads, value.weight)
   return state, means(metrics) | {"loss": value.mean()} | optimizer_metrics
+
+
+def _positive_scale(batch: PolicyBatch, objective: Objective, count: jax.Array) -> jax.Array:
+  """`positive_nll` times the objective's weight over that of the NLL, of the whole batch."""
+
+  def one(i: jax.Array, seen: jax.Array) -> jax.Array:
+    part = microbatch(batch, i)
+    _, weight = reduce.token_weights(
+      objective.reduction, part.mask, part.segment_ids, constant_length=objective.constant_length
+    )
+    return seen + jnp.stack([weight, part.positive.sum()])
+
+  weight, positive = jax.lax.fori_loop(0, count, one, jnp.zeros(2))
+  return objective.positive_nll * weight / jnp.maximum(positive, 1)
+
+
+def _exact_kl(
+  hidden: jax.Array,
+  params: Params,
+  reference: Params | None,
+  batch: PolicyBatch,
+  config: ModelConfig,
+  temperature: float,
+) -> jax.Array:
+  """KL(policy || reference) over the vocabulary [B, S]; the reference runs in the same step."""
+  if reference is None:
+    raise ValueError("reference: an exact KL needs the parameters of the reference, found None")
+  frozen = jax.lax.stop_gradient(reference)
+  return next_token_kl(
+    hidden,
+    decoder.unembedding(params, config),
+    jax.lax.stop_gradient(hidden_states(frozen, batch, config)),
+    decoder.unembedding(frozen, config),
+    temperature=temperature,
+    chunk=config.vocab_chunk,
+  )
+
+
+def _gap(old: jax.Array, batch: PolicyBatch) -> dict[str, Sum | Max]:
+  """How far the log-probs of the rollout engine are from the trainer's before the update."""
+  gap = logprob_gap(old, batch.sampler_logprobs, batch.mask)
+  mean = lambda values: reduce.reduce("token_mean", values, batch.mask, batch.segment_ids)
+  return {
+    "rollout/logprob_gap_mean": mean(gap["logprob_gap"]),
+    "rollout/logprob_gap_max": Max(gap["logprob_gap"].max()),
+    "rollout/logprob_gap_kl": mean(gap["logprob_gap_kl"]),
+  }

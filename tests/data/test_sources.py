@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import numpy as np
@@ -151,3 +152,31 @@ def test_split_is_disjoint_complete_and_repeatable():
   for size in (0, 7):
     with pytest.raises(ValueError, match=r"held_out must be in 1\.\.6"):
       sources.split(source, size)
+
+
+def test_packed_files_are_read_as_the_plain_ones(tmp_path):
+  lines = b'{"a": 1}\n\n{"a": 2}\n'
+  (tmp_path / "rows.jsonl").write_bytes(lines)
+  (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines))
+  plain, packed = (
+    sources.open_source(tmp_path / f"rows.jsonl{end}", ("a",)) for end in ("", ".gz")
+  )
+  assert [packed[i] for i in range(len(packed))] == [plain[0], plain[1]]
+  assert packed.where(1).endswith("rows.jsonl.gz:3")
+  (tmp_path / "rows.json.gz").write_bytes(gzip.compress(b'[{"a": 1}]'))
+  assert sources.open_source(tmp_path / "rows.json.gz")[0] == {"a": 1}
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("rows.jsonl.gz", b"plain", "rows.jsonl.gz: not a gzip file"),
+    ("rows.jsonl.gz", gzip.compress(b"x" * 99)[:-9], "rows.jsonl.gz: not a gzip file"),
+    ("rows.jsonl.gz", gzip.compress(b"\n"), "rows.jsonl.gz: no rows"),
+    ("rows.txt.gz", b"", "cannot read .gz, expected .jsonl, .json, .array_record"),
+  ],
+)
+def test_a_packed_file_that_cannot_be_read(tmp_path, name, content, message):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(ValueError, match=message):
+    sources.open_source(tmp_path / name)

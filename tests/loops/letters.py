@@ -6,6 +6,7 @@ from pt_jax.data.tasks import Problem, Task
 from pt_jax.data.tokenizers import Tokenizer
 from pt_jax.experiment import Experiment, Online, Problems
 from pt_jax.losses import objective
+from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
 from pt_jax.rewards.stack import Component, RewardStack
 from pt_jax.rewards.verifiers import Completion
@@ -74,6 +75,11 @@ def has_a(completion: Completion) -> float:
 def share_of_a(completion: Completion) -> float:
   """Share of the letters that are "a"."""
   return completion.text.count("a") / max(len(completion.text), 1)
+
+
+def decoder_names() -> list[str]:
+  """The top of the model's parameter tree."""
+  return list(decoder.table(MODEL))
 
 
 def rewards() -> RewardStack:

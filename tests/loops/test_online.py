@@ -10,9 +10,10 @@ import pytest
 
 from pt_jax import metrics
 from pt_jax.experiment import Evaluate
-from pt_jax.loops import online, pipeline
+from pt_jax.loops import online, pipeline, prompts, rollouts
 from pt_jax.losses import objective
 from pt_jax.rewards.stack import Component, RewardStack
+from pt_jax.rollout import engine
 from pt_jax.rollout.rollouts import SamplingParams, StopReason
 from tests.loops import letters
 from tests.loops.runs import Interrupted, bits, logged, run
@@ -55,14 +56,14 @@ def recorded(monkeypatch, owner, name):
 
 def crash_at(monkeypatch, step):
   """The run dies where it would make its `step`-th set of updates from now."""
-  real, calls = online._Loop._update_all, iter(range(1, 1000))
+  real, calls = online._Loop._learn, iter(range(1, 1000))
 
-  def update_all(self, *args):
+  def learn(self, *args):
     if next(calls) == step:
       raise Interrupted
     return real(self, *args)
 
-  monkeypatch.setattr(online._Loop, "_update_all", update_all)
+  monkeypatch.setattr(online._Loop, "_learn", learn)
 
 
 def begin(folder, experiment, steps):
@@ -95,8 +96,8 @@ def test_rollout_logprobs_are_the_trainers_after_every_update(whole):
 
 
 def test_the_gap_shows_an_engine_whose_weights_are_old(tmp_path, monkeypatch):
-  real = online.Engine.update
-  monkeypatch.setattr(online.Engine, "update", lambda *a: real(*a) if a[-1] == 0 else None)
+  real = engine.Engine.update
+  monkeypatch.setattr(engine.Engine, "update", lambda *a: real(*a) if a[-1] == 0 else None)
   rows = begin(tmp_path, letters.experiment(), 5)
   gaps = [row["rollout/logprob_gap_max"] for row in rows]
   assert gaps[0] <= 1e-4 and min(gaps[1:]) > 1e-2
@@ -132,13 +133,13 @@ def test_samples_are_of_training_problems(whole):
 
 
 def test_every_epoch_of_prompts_has_its_own_order():
-  stream = online.Prompts(letters.Words(10), seed=3)
+  stream = prompts.Prompts(letters.Words(10), seed=3)
   drawn = [[problem.id for problem in stream.take(n)] for n in (4, 4, 4, 8)]
   flat = [name for part in drawn for name in part]
   first, second = flat[:10], flat[10:]
   assert sorted(first) == sorted(second) == sorted(p.id for p in letters.Words(10))
   assert first != second
-  resumed = online.Prompts(letters.Words(10), seed=3)
+  resumed = prompts.Prompts(letters.Words(10), seed=3)
   resumed.drawn = 8
   assert [p.id for p in resumed.take(4)] == drawn[2]
 
@@ -184,15 +185,16 @@ DAPO = {"objective": objective.dapo(max_length=8, buffer=6), "steps": 3, "lr": 1
 
 def test_dapo_draws_again_and_punishes_length(tmp_path, monkeypatch):
   """Two of three problems are hopeless: their groups have equal rewards and are replaced."""
-  packed = recorded(monkeypatch, online, "pack_policy")
+  learned = recorded(monkeypatch, online._Loop, "_learn")
+  credits = recorded(monkeypatch, online, "assign_credit")
   stage = letters.stage(**DAPO, rewards=sparse_rewards, resample_limit=10)
   rows = rows_of(run(tmp_path, letters.experiment(stage)))
-  assert len(rows) == len(packed) == 3
+  assert len(rows) == len(learned) == len(credits) == 3
   for row in rows:
     assert row["rollout/groups_drawn"] in range(8, 41, 4)
     assert 4 <= row["rollout/groups_kept"] < row["rollout/groups_drawn"]
     assert row["rollout/zero_variance"] == 0
-  for (judged, credit, *_), _ in packed:
+  for ((_, _, judged, *_), _), ((episodes,), credit) in zip(learned, credits):
     problems = [c.problem.id for c in judged.completions]
     assert len(problems) == 32 and len(np.unique(judged.groups)) == 4
     for group in np.unique(judged.groups):
@@ -204,7 +206,8 @@ def test_dapo_draws_again_and_punishes_length(tmp_path, monkeypatch):
       rewards = judged.rewards.total[place] - np.maximum(lengths - 2, 0) / 6
       expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
       np.testing.assert_allclose(credit.rewards[place], rewards, atol=1e-6)
-      np.testing.assert_allclose(credit.advantages[place], expected, rtol=1e-4, atol=1e-5)
+      spread = expected[:, None] * episodes.mask[place]
+      np.testing.assert_allclose(credit.advantages[place], spread, rtol=1e-4, atol=1e-5)
 
 
 def test_dynamic_sampling_ends_where_nothing_can_be_kept(tmp_path):
@@ -216,16 +219,17 @@ def test_dynamic_sampling_ends_where_nothing_can_be_kept(tmp_path):
 
 def test_epochs_minibatches_reference_and_truncated(tmp_path, monkeypatch):
   """Old log-probs are those before the first of four updates; the reference never moves."""
-  updates = recorded(monkeypatch, online._Loop, "_update_all")
-  packed = recorded(monkeypatch, online, "pack_policy")
-  before, batches, make = [], [], online._Loop._batch
+  updates = recorded(monkeypatch, online._Loop, "_update_policy")
+  packed = recorded(monkeypatch, rollouts.Packed, "fields")
+  credits = recorded(monkeypatch, online, "assign_credit")
+  before, batches, make = [], [], online._Loop._scored
 
-  def batch(loop, part):
+  def scored(loop, batch):
     before.append(jax.device_get(loop.state.params))
-    batches.append((loop, make(loop, part)))
+    batches.append((loop, make(loop, batch)))
     return batches[-1][1]
 
-  monkeypatch.setattr(online._Loop, "_batch", batch)
+  monkeypatch.setattr(online._Loop, "_scored", scored)
   algorithm = dataclasses.replace(
     objective.grpo(),
     kl=objective.Kl(0.01, estimator="k3"),
@@ -253,26 +257,26 @@ def test_epochs_minibatches_reference_and_truncated(tmp_path, monkeypatch):
     mean = np.mean([m["policy/kl"] for m in step])
     assert row["policy/kl"] == pytest.approx(mean, rel=1e-5)
   cut = trained = 0
-  for (judged, credit, *_), batch in packed:
-    stops = judged.rollouts.stop
-    assert len(stops) == 16 and len(np.unique(judged.groups)) == 2  # whole groups
-    np.testing.assert_array_equal(credit.trained, stops != StopReason.LENGTH)
-    lengths = judged.rollouts.length - judged.rollouts.prompt_length
-    assert batch.mask.sum() == lengths[credit.trained].sum()
+  for (pack, credit), fields in packed:
+    assert len(credit.trained) == 16  # two groups of eight, whole: tests/loops/test_rollouts.py
+    assert fields["mask"].sum() == (pack.drawn & credit.trained[:, None]).sum()
     cut, trained = cut + (~credit.trained).sum(), trained + credit.trained.sum()
+  for (episodes,), credit in credits:
+    assert (np.diff(episodes.groups) >= 0).all() and len(np.unique(episodes.groups)) == 4
+    np.testing.assert_array_equal(credit.trained, ~episodes.truncated)
   assert cut > 0 and trained > 0
 
 
 def nan_from(monkeypatch, step):
   """Advantages are NaN from this step on, as a reward model or an overflow would make them."""
-  real, calls = online.pack_policy, iter(range(1, 1000))
+  real, calls = online.assign_credit, iter(range(1, 1000))
 
-  def pack_policy(judged, credit, *args):
+  def assign_credit(*args, **options):
+    credit = real(*args, **options)
     bad = next(calls) >= step
-    advantages = credit.advantages * (np.nan if bad else 1)
-    return real(judged, dataclasses.replace(credit, advantages=advantages), *args)
+    return dataclasses.replace(credit, advantages=credit.advantages * (np.nan if bad else 1))
 
-  monkeypatch.setattr(online, "pack_policy", pack_policy)
+  monkeypatch.setattr(online, "assign_credit", assign_credit)
 
 
 @pytest.mark.parametrize("step", [4, 6])

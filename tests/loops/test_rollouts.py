@@ -11,6 +11,7 @@ from pt_jax.loops.rollouts import (
   concatenate,
   generate_and_judge,
   pack_policy,
+  pack_rollouts,
   rollout_metrics,
   sample_rows,
 )
@@ -117,13 +118,15 @@ def test_parts_of_different_width_join_and_come_apart():
     np.testing.assert_array_equal(taken.rewards.total, part.rewards.total)
 
 
+FIELDS = ("advantages", "returns", "positive")
+
+
 def test_packing_keeps_every_token_with_its_own_numbers():
   judged = judge()
-  credit = Credit(
-    judged.rewards.total,
-    np.array([0.5, -1.5, 2.5, -3.5], np.float32),
-    np.array([True, False, True, True]),
-  )
+  trained = np.array([True, False, True, True])
+  each = np.array([0.5, -1.5, 2.5, -3.5], np.float32)
+  advantages = each[:, None] + np.arange(5, dtype=np.float32)  # places count from the prompt on
+  credit = Credit(judged.rewards.total, advantages, 2 * advantages, trained, each > 0)
   batch = pack_policy(judged, credit, rows=2, row_length=9)
   assert batch.tokens.shape == (1, 2, 9)
   found = {}
@@ -133,24 +136,40 @@ def test_packing_keeps_every_token_with_its_own_numbers():
       place = ids == segment
       field = lambda name, place=place, row=row: getattr(batch, name)[0, row, place].tolist()
       found[Letters().decode(field("tokens"))] = {
-        name: field(name) for name in ("positions", "mask", "advantages", "sampler_logprobs")
+        name: field(name) for name in ("positions", "mask", *FIELDS, "sampler_logprobs")
       }
-  expected = zip(("abap", "abbcd", "caaab", "cp"), (2, 2, 1, 1), credit.advantages, credit.trained)
+  expected = zip(("abap", "abbcd", "caaab", "cp"), (2, 2, 1, 1), each, trained)
   assert len(found) == 4
-  for b, (text, prompt, advantage, trained) in enumerate(expected):
+  for b, (text, prompt, advantage, used) in enumerate(expected):
     index = np.arange(len(text))
-    drawn = (index >= prompt) & trained
+    drawn = index >= prompt
+    mask = drawn & used
     assert found[text]["positions"] == index.tolist()
-    assert found[text]["mask"] == drawn.tolist()
-    assert found[text]["advantages"] == (advantage * drawn).tolist()
+    assert found[text]["mask"] == mask.tolist()
+    assert found[text]["advantages"] == ((advantage + index) * mask).tolist()
+    assert found[text]["returns"] == (2 * (advantage + index) * mask).tolist()
+    assert found[text]["positive"] == (mask & (advantage > 0)).tolist()
+    # What the engine reported stays; the mask says what is read.
     np.testing.assert_allclose(found[text]["sampler_logprobs"], -(b + index / 100) * drawn)
   empty = batch.segment_ids < 0
   assert empty.sum() == 18 - 16 and not batch.mask[empty].any() and not batch.tokens[empty].any()
 
 
+def test_scores_come_back_to_their_completions():
+  """Laid out and taken back: every token of every completion, 0 behind its end."""
+  rollouts = judge().rollouts
+  packed = pack_rollouts(rollouts, rows=2, row_length=9)
+  values = np.random.default_rng(0).normal(size=packed.drawn.shape).astype(np.float32)
+  there = np.arange(5) < np.asarray(rollouts.length)[:, None]
+  back = packed.take_back(packed.lay_out(values))
+  np.testing.assert_array_equal(back, np.where(there, values, 0))
+  np.testing.assert_array_equal(packed.take_back(packed.batch.mask) > 0, packed.drawn)
+
+
 def test_an_update_has_a_power_of_two_of_microbatches_and_the_last_may_be_empty():
   judged = judge()
-  credit = Credit(judged.rewards.total, judged.rewards.total, np.ones(4, bool))
+  nothing = np.zeros((4, 5), np.float32)
+  credit = Credit(judged.rewards.total, nothing, nothing, np.ones(4, bool), np.zeros(4, bool))
   batch = pack_policy(judged, credit, rows=1, row_length=6)  # 16 tokens: three rows
   assert batch.tokens.shape == (4, 1, 6)
   assert (batch.segment_ids >= 0).any((1, 2)).tolist() == [True, True, True, False]

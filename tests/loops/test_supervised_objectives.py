@@ -1,4 +1,4 @@
-"""Supervised stages with a reference: nearer to their start, resumed exactly, stopped by their KL."""
+"""Supervised stages with a reference: near their start, resumed exactly, stopped by their KL."""
 
 import pytest
 

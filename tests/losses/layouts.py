@@ -11,7 +11,8 @@ from pt_jax.losses.objective import Objective
 
 Sample = dict[str, np.ndarray]  # field -> [length], prompt and completion
 Rows = tuple[tuple[int, ...], ...]  # the samples that each row holds, in order
-FIELDS = ("logprobs", "old_logprobs", "reference_logprobs", "advantages", "mask")
+SCORES = ("old_logprobs", "reference_logprobs", "sampler_logprobs", "exact_kl", "entropy")
+FIELDS = ("logprobs", *SCORES, "advantages", "mask")
 
 # Six samples, one masked whole (its completion was cut) and one of a single trained token.
 PROMPTS = (2, 1, 3, 2, 1, 2)
@@ -32,6 +33,9 @@ def samples(seed: int = 0, spread: float = 0.6) -> list[Sample]:
       "logprobs": logprobs,
       "old_logprobs": logprobs - rng.uniform(-spread, spread, length),
       "reference_logprobs": logprobs + rng.uniform(-spread, spread, length),
+      "sampler_logprobs": logprobs - rng.uniform(-spread, spread, length),
+      "exact_kl": rng.uniform(0, 2, length),
+      "entropy": rng.uniform(0, 3, length),
       "advantages": np.full(length, (1.3, -0.7, 0.4, -1.6, 0.9, -0.2)[index]),
       "mask": (np.arange(length) >= prompt) * float(index != CUT),
     }
@@ -78,8 +82,12 @@ def total(logprobs: jax.Array, batch: Sample, objective: Objective) -> reduce.Su
     batch["old_logprobs"],
     batch["advantages"],
     batch["mask"],
+    batch["segment_ids"],
     objective=objective,
     reference_logprobs=batch["reference_logprobs"],
+    sampler_logprobs=batch["sampler_logprobs"],
+    exact_kl=batch["exact_kl"],
+    entropy=batch["entropy"],
   )
   return reduce.reduce(
     objective.reduction,

@@ -57,25 +57,37 @@ def test_a_reward_that_is_not_finite_is_named(bad):
 def test_shapes_are_named():
   with pytest.raises(ValueError, match=r"expected equal shapes \[B\], found \(3,\) and \(2,\)"):
     advantages.informative(np.zeros(3), np.zeros(2, int))
-  with pytest.raises(ValueError, match=r"rewards, lengths, truncated: .* \(2,\), \(2,\), \(3,\)"):
-    credit.assign_credit(
-      np.zeros(2), np.ones(2), np.zeros(3), np.zeros(2), objective=objective.grpo()
-    )
+
+
+def test_leave_one_out_worked_by_hand():
+  """{1, 0, 1}: against the means 0.5, 1, 0.5; {4, 0}: against 0 and 4; a lone sample has none."""
+  wanted = [0.5, 4, -1, 0, 0.5, -4]
+  np.testing.assert_allclose(advantages.leave_one_out(REWARDS, GROUPS), wanted, rtol=1e-6)
+  assert not advantages.leave_one_out(np.full(5, 0.1), np.zeros(5, int)).any()
+
+
+def test_ddof():
+  """Of {1, 0, 1} the std is sqrt(1 / 3) with n - 1 and sqrt(2) / 3 with n."""
+  got = advantages.group_relative(REWARDS, GROUPS, scale="group", epsilon=0.0, ddof=0)
+  np.testing.assert_allclose(got[[0, 2]], [0.5**0.5, -(2**0.5)], rtol=1e-6)
 
 
 def test_credit_of_dapo():
   """The overlong penalty enters the rewards before they are compared; the filter looks earlier."""
   rewards, groups = np.array([1, 1, 0, 1]), np.array([0, 0, 1, 1])
   lengths, truncated = np.array([10, 18, 5, 20]), np.array([False, False, False, True])
+  mask = np.arange(20) < lengths[:, None]
   dapo = objective.dapo(max_length=20, buffer=4)
-  given = credit.assign_credit(rewards, lengths, truncated, groups, objective=dapo)
+  episodes = credit.Episodes(rewards, truncated, groups, mask)
+  given = credit.assign_credit(episodes, objective=dapo)
   np.testing.assert_allclose(given.rewards, [1, 0.5, 0, 0])
-  np.testing.assert_allclose(given.advantages, [0.70691, -0.70691, 0, 0], atol=1e-4)
+  expected = np.array([0.70691, -0.70691, 0, 0])[:, None] * mask
+  np.testing.assert_allclose(given.advantages, expected, atol=1e-4)
   assert given.trained.all()
   kept = credit.kept_groups(rewards, groups, objective=dapo)
   np.testing.assert_array_equal(kept, [False, False, True, True])
   assert credit.kept_groups(rewards, groups, objective=objective.grpo()).all()
   filters = objective.Filters(truncated=True)
   filtered = dataclasses.replace(dapo, filters=filters)
-  given = credit.assign_credit(rewards, lengths, truncated, groups, objective=filtered)
+  given = credit.assign_credit(episodes, objective=filtered)
   np.testing.assert_array_equal(given.trained, ~truncated)

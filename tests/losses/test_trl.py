@@ -45,7 +45,7 @@ FIELDS = {
 
 
 def _chosen(preset, kl, epsilons) -> objective.Objective:
-  return dataclasses.replace(PRESETS[preset], kl=KLS[kl], clip=objective.Clip(*epsilons))
+  return dataclasses.replace(PRESETS[preset], kl=KLS[kl], surrogate=objective.Clip(*epsilons))
 
 
 def _golden(preset, kl, epsilons, microbatches, what) -> np.ndarray:
@@ -54,7 +54,7 @@ def _golden(preset, kl, epsilons, microbatches, what) -> np.ndarray:
 
 def _sums(logprobs, chosen, rows=slice(None)):
   fields = {k: v[rows] for k, v in FIELDS.items()}
-  loss, metrics = policy.policy_loss(logprobs, objective=chosen, **fields)
+  loss, metrics = policy.policy_loss(logprobs, segment_ids=IDS[rows], objective=chosen, **fields)
   add = lambda name, x: reduce.reduce(
     name, x, MASK[rows], IDS[rows], constant_length=chosen.constant_length
   )

@@ -78,6 +78,9 @@ def samples() -> list[dict[str, np.ndarray]]:
         "old_logprobs": (uniform + noise(0.3)).astype(np.float32),
         "sampler_logprobs": (uniform + noise(0.3)).astype(np.float32),
         "reference_logprobs": (uniform + noise(0.3)).astype(np.float32),
+        "returns": noise(1.0),
+        "old_values": noise(1.0),
+        "positive": mask * np.float32(index % 3 == 0),
       }
     )
   return made

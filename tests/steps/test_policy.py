@@ -16,7 +16,7 @@ from tests.steps import tiny
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-GRPO = dataclasses.replace(objective.grpo(), clip=objective.Clip(0.2, 0.28))
+GRPO = dataclasses.replace(objective.grpo(), surrogate=objective.Clip(0.2, 0.28))
 
 
 @functools.cache
@@ -75,11 +75,8 @@ def test_loss_is_the_papers(name):
     samples,
     algorithm.reduction,
     algorithm.constant_length,
-    low=algorithm.clip.low,
-    high=algorithm.clip.high,
+    surrogate=("clip", {"low": algorithm.surrogate.low, "high": algorithm.surrogate.high}),
     beta=algorithm.kl.coefficient if algorithm.kl else 0.0,
-    estimator="k3",
-    weighted=False,
   )
   np.testing.assert_allclose(metrics["loss"], want, rtol=5e-5, atol=1e-6)
 

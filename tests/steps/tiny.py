@@ -63,9 +63,11 @@ def fields() -> dict[str, np.ndarray]:
       batch["weights"][row, a:b] = 1
       batch["mask"][row, a + 1 + row % 2 : b] = 1
     batch["tokens"][row, end:] = 0
-  for name, center in (("advantages", 0), *((f"{k}_logprobs", -3.5) for k in KINDS)):
+  zero = (("advantages", 0), ("returns", 0), ("old_values", 0))
+  for name, center in (zero[0], *((f"{k}_logprobs", -3.5) for k in KINDS), *zero[1:]):
     values = center + rng.normal(scale=0.5, size=shape)
     batch[name] = (values * batch["mask"]).astype(np.float32)
+  batch["positive"] = batch["mask"] * (batch["segment_ids"] == 0)
   return batch
 
 
