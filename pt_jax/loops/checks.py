@@ -26,6 +26,7 @@ from pt_jax.experiment import (
   Preference,
   Reward,
   Stage,
+  Supervised,
 )
 from pt_jax.loops import preference, reward_model, supervised
 from pt_jax.loops.context import in_stage
