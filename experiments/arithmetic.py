@@ -59,7 +59,7 @@ def config(
   algorithm: Algorithm = "grpo",
   initial: str | None = None,
   sft_steps: int = 400,
-  steps: int = 40,
+  steps: int = 25,
   lr: float = 1e-4,
   critic_lr: float = 5e-4,
   prompts: int = 24,
