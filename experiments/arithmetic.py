@@ -65,6 +65,7 @@ def config(
   prompts: int = 24,
   group_size: int = 8,
   minibatches: int = 2,
+  evaluate_every: int = 0,
   seed: int = 0,
 ) -> Experiment:
   """A cold start (or the one that another run left), then the chosen algorithm.
@@ -79,6 +80,7 @@ def config(
     prompts: problems per step.
     group_size: completions per problem.
     minibatches: updates per step.
+    evaluate_every: steps between held-out evaluations; 0: only at the end.
     seed: of initialisation, data order and sampling.
   """
   if algorithm not in PRESETS:
@@ -99,7 +101,7 @@ def config(
   if chosen.has_critic:
     critic = critic_of(critic_lr, steps, minibatches, pretrain=PRETRAIN.get(algorithm, 0))
   policy = dataclasses.replace(
-    stages[-1], name="rl", objective=chosen, critic=critic, evaluate_every=0
+    stages[-1], name="rl", objective=chosen, critic=critic, evaluate_every=evaluate_every
   )
   before = stages[:-1] if initial is None else ()
   return dataclasses.replace(
