@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import local
-from pt_jax.loops.report import REPORT, read_curves, write_comparison
+from pt_jax.loops.comparison import write_comparison
+from pt_jax.loops.report import REPORT, read_curves
 
 
 def main(argv: Sequence[str] | None = None) -> int:
