@@ -47,7 +47,7 @@ def pairs(tokenizer) -> ComparisonData:
   rng = np.random.default_rng(0)
   rows = []
   for problem in letters.Words(60):
-    answer = "".join(rng.choice([*"bcdefgh"], rng.integers(1, 6)))
+    answer = "".join(rng.choice([*"bcdefgh"], rng.integers(1, 4)))  # a pair fits a row
     rows.append({"prompt": problem.prompt, "bad": f"{answer}p", "good": f"a{answer[1:]}p"})
   held_out = MemorySource(rows[:10], "held_out")
   return ComparisonData(Mixture({"p": MemorySource(rows[10:], "pairs")}, seed=0), held_out, encode)
