@@ -56,7 +56,7 @@ PRETRAIN = {"vapo": 5}  # steps in which only the critic learns
 
 def config(
   *,
-  algorithm: Algorithm = "grpo",
+  algorithm: Algorithm,
   initial: str | None = None,
   sft_steps: int = 400,
   steps: int = 25,
@@ -116,7 +116,7 @@ def cold_start(*, sft_steps: int = 400, seed: int = 0) -> Experiment:
     sft_steps: updates.
     seed: of initialisation, data order and sampling.
   """
-  base = config(sft_steps=sft_steps, seed=seed)
+  base = config(algorithm="grpo", sft_steps=sft_steps, seed=seed)
   return dataclasses.replace(base, name="arithmetic_cold_start", stages=base.stages[:-1])
 
 

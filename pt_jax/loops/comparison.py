@@ -91,20 +91,26 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def short_names(runs: Sequence[str]) -> dict[str, str]:
-  """Run ids without the arguments that all of them have, and without the hash behind them.
+  """Run ids without the arguments that all of them have, and without the hash behind them; the
+  values alone where only one argument is left.
 
   Example: "algorithm=ppo,lr=0.1,seed=0-1a2b3c4d" among others of that lr -> "algorithm=ppo,seed=0".
   """
   parts = {run: re.sub("-[0-9a-f]{8}$", "", run).split(",") for run in runs}
   shared = set.intersection(*map(set, parts.values()))
-  short = {run: ",".join(p for p in own if p not in shared) or run for run, own in parts.items()}
+  left = {run: [p for p in own if p not in shared] for run, own in parts.items()}
+  if len({tuple(p.partition("=")[0] for p in own) for own in left.values()} - {()}) == 1:
+    left = {
+      run: [p.partition("=")[2] for p in own if len(own) == 1] or own for run, own in left.items()
+    }
+  short = {run: ",".join(own) or run for run, own in left.items()}
   return short if len(set(short.values())) == len(runs) else {run: run for run in runs}
 
 
 def draw_comparison(tag: str, series: Mapping[str, Series]) -> Figure:
   """One metric: a line for each run, or bars where every run logged it once."""
   single = len(series) > 1 and all(len(steps) == 1 for steps, _ in series.values())
-  height = max(2.4, 0.3 * len(series) + 1) if single else 4.4 + 0.08 * len(series)
+  height = max(2.4, 0.3 * len(series) + 1) if single else 4.4 + 0.12 * len(series)
   figure = Figure(figsize=(7, height), dpi=120, layout="constrained")
   figure.suptitle(tag, fontsize=12, fontweight="bold")
   axes, name = figure.subplots(), tag.partition("/")[2]

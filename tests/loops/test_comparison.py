@@ -68,7 +68,7 @@ def test_what_runs_cost(tmp_path):
   ).read_text()
   assert f"| {ids[0]} | 0.63 | 0.3 | 300 | 6 |" in text
   assert "tokens sampled | seconds |" in text and "option3" not in text.split("##")[0]
-  assert "| argument | algorithm=ppo | algorithm=grpo |" in text
+  assert "| argument | ppo | grpo |" in text
   assert "| option0 | 0 | 5 |" in text
 
 
