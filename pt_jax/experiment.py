@@ -20,8 +20,8 @@ from pt_jax.data.tasks import Problem, Task
 from pt_jax.data.tokenizers import Tokenizer
 from pt_jax.losses.objective import Objective
 from pt_jax.losses.preference_objective import PreferenceObjective
-from pt_jax.losses.reduce import Reduction
 from pt_jax.losses.reward import RewardObjective
+from pt_jax.losses.supervised import SupervisedObjective, sft
 from pt_jax.models.config import ModelConfig
 from pt_jax.rewards.judges import Judge
 from pt_jax.rewards.stack import RewardStack
@@ -116,7 +116,7 @@ class Supervised(Offline):
   """Supervised fine-tuning."""
 
   data: Callable[[Tokenizer], SupervisedData]
-  reduction: Reduction = "token_mean"
+  objective: SupervisedObjective = dataclasses.field(default_factory=sft)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -460,6 +460,7 @@ class Experiment:
   tokenizer: Callable[[], Tokenizer]
   model: ModelConfig | None = None  # from scratch; or
   checkpoint: str | None = None  # a folder in HF format, its config and its weights
+  initial: str | None = None  # with `model`: what a stage of another run left, RUN/params/STAGE
   mesh: MeshShape = MeshShape()
   zero: int = 1
   seed: int = 0
@@ -467,6 +468,8 @@ class Experiment:
   def __post_init__(self):
     if (self.model is None) == (self.checkpoint is None):
       raise ValueError(f"experiment {self.name}: give either model or checkpoint")
+    if self.initial is not None and self.model is None:
+      raise ValueError(f"experiment {self.name}: initial needs model, found a checkpoint")
     names = [stage.name for stage in self.stages]
     if not names or len(set(names)) < len(names):
       raise ValueError(f"experiment {self.name}: stages need distinct names, found {names}")
