@@ -6,13 +6,25 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
-from experiments import grpo_arithmetic, grpo_gsm8k, quickstart
-from pt_jax import sharding
+from experiments import (
+  arithmetic,
+  grpo_arithmetic,
+  grpo_gsm8k,
+  gspo_arithmetic,
+  ppo_arithmetic,
+  quickstart,
+  reinforce_arithmetic,
+  rloo_arithmetic,
+  vapo_arithmetic,
+)
+from pt_jax import recipes, sharding
 from pt_jax.data.tokenizers import load_tokenizer
-from pt_jax.experiment import Evaluate, Online
+from pt_jax.experiment import Evaluate, Online, ValueHead
 from pt_jax.loops.pipeline import run_experiment
+from pt_jax.loops.record import plain
 from pt_jax.models import decoder, hf
 from pt_jax.models.config import ModelConfig
 
@@ -55,6 +67,61 @@ def test_ablations_differ_in_the_objective_alone(algorithm):
 def test_an_unknown_algorithm_is_named():
   with pytest.raises(ValueError, match="algorithm: expected one of grpo, dr_grpo, dapo, found 'x'"):
     grpo_arithmetic.config(algorithm="x")  # type: ignore[arg-type]
+
+
+POLICY = {  # what each experiment of one algorithm takes from `arithmetic`
+  "ppo_arithmetic": (ppo_arithmetic.config, "ppo"),
+  "vapo_arithmetic": (vapo_arithmetic.config, "vapo"),
+  "gspo_arithmetic": (gspo_arithmetic.config, "gspo"),
+  "rloo_arithmetic": (rloo_arithmetic.config, "rloo"),
+  "rloo_arithmetic_remax": (rloo_arithmetic.remax, "remax"),
+  "reinforce_arithmetic": (reinforce_arithmetic.config, "reinforce_plus_plus"),
+  "reinforce_arithmetic_baseline": (
+    reinforce_arithmetic.baseline,
+    "reinforce_plus_plus_baseline",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", POLICY)
+def test_experiments_of_one_algorithm(name):
+  make, algorithm = POLICY[name]
+  base = arithmetic.config(algorithm=algorithm)
+  assert plain(make()) == plain(dataclasses.replace(base, name=name))
+  assert base.stages[-1].objective == arithmetic.PRESETS[algorithm]()
+
+
+def test_ablations_of_ppo_and_gspo():
+  shared, base = ppo_arithmetic.value_head().stages[-1], ppo_arithmetic.config().stages[-1]
+  assert plain(shared) == plain(dataclasses.replace(base, critic=ValueHead()))
+  token, base = gspo_arithmetic.gspo_token().stages[-1], gspo_arithmetic.config().stages[-1]
+  ratio = dataclasses.replace(base.objective, ratio="sequence_token")
+  assert plain(token) == plain(dataclasses.replace(base, objective=ratio))
+
+
+def test_ppo_from_what_another_run_left(tmp_path):
+  """A cold start of two steps, then two steps of PPO from it: with and without `initial`."""
+  tiny = lambda experiment: dataclasses.replace(
+    shortened(experiment), model=recipes.small_decoder(272, width=64, layers=1, max_length=256)
+  )
+  cold = tiny(arithmetic.cold_start(sft_steps=2))
+  left = run_experiment(cold, runs=tmp_path, id="0", quiet=True)
+  initial = str(left.folder / "params" / "sft")
+  options = {"steps": 2, "prompts": 2, "group_size": 2, "minibatches": 1, "sft_steps": 2}
+  ends = []
+  for start in (None, initial):
+    experiment = tiny(arithmetic.config(algorithm="ppo", initial=start, **options))
+    ends.append(run_experiment(experiment, runs=tmp_path, id=str(len(ends)), quiet=True))
+  assert set(ends[0].results) == {"sft", "cold_start", "rl"} and set(ends[1].results) == {"rl"}
+  assert ends[0].results["rl"] == ends[1].results["rl"]
+  jax.tree.map(np.testing.assert_array_equal, ends[0].params, ends[1].params)
+
+
+def test_a_start_that_is_not_there_is_named(tmp_path):
+  experiment = arithmetic.config(algorithm="grpo", initial=str(tmp_path / "nothing"))
+  with pytest.raises(FileNotFoundError, match="nothing: expected a checkpoint, found none"):
+    run_experiment(experiment, runs=tmp_path / "runs", id="0", quiet=True)
+  assert not (tmp_path / "runs").exists()
 
 
 def test_grpo_gsm8k_from_a_checkpoint(tmp_path, one_device):
