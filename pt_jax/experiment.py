@@ -7,6 +7,7 @@ another run.
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +23,7 @@ from pt_jax.losses.preference_objective import PreferenceObjective
 from pt_jax.losses.reduce import Reduction
 from pt_jax.losses.reward import RewardObjective
 from pt_jax.models.config import ModelConfig
+from pt_jax.rewards.judges import Judge
 from pt_jax.rewards.stack import RewardStack
 from pt_jax.rewards.verifiers import Completion
 from pt_jax.rollout.rollouts import SamplingParams
@@ -298,6 +300,76 @@ class Online:
       )
 
 
+Pairing = Literal["best_worst", "random", "all"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlinePreference:
+  """A preference objective on completions of the policy itself. A step is one batch of rollouts.
+
+  The completions of a prompt are scored and those with different scores are paired; an unpaired
+  objective takes each as right or wrong.
+  """
+
+  leaves_policy: ClassVar[bool] = True
+  name: str
+  problems: Callable[[Tokenizer], Problems]
+  rewards: Callable[[], RewardStack]  # scores completions, unless `judge` does; and held-out ones
+  objective: PreferenceObjective
+  sampling: SamplingParams
+  optimizer: AdamW  # its `steps` counts updates: steps * epochs * minibatches
+  steps: int
+  prompts: int  # per step
+  group_size: int  # completions per prompt
+  rows: int  # packed rows of one microbatch (all hosts); an update computes as many as it needs
+  row_length: int  # also the longest pair: two times a prompt with its completion
+  judge: Judge | None = None  # scores the completions that are trained on
+  pairing: Pairing = "best_worst"  # or one random pair, or all pairs, with different scores
+  threshold: float = 0.5  # for unpaired objectives: a completion that scores more is right
+  refresh_every: int = 1  # steps whose completions are drawn from the same weights
+  reference_every: int = 0  # steps after which the policy becomes the reference; 0: never
+  epochs: int = 1  # passes over the rollouts of a step
+  minibatches: int = 1  # updates per pass
+  slots: int = 64  # completions decoded at once
+  resample_limit: int = 1  # times that a step draws prompts, at most, to fill up groups of ties
+  evaluate_every: int = 0  # held-out pass@1; 0: only at the end
+  evaluate_problems: int = 512
+  checkpoint_every: int = 0  # 0: only at the end
+  sample_rows: int = 4  # pairs or labelled completions written to samples.jsonl per step
+  start: str | None = None  # stage whose parameters it starts from; None: see `Experiment`
+
+  @property
+  def completions_per_group(self) -> int:
+    """How many completions stand side by side: a pair, one, or for KTO one with a mismatched."""
+    return 1 if self.objective.unpaired and self.objective.loss != "kto" else 2
+
+  def __post_init__(self):
+    where = f"stage {self.name}"
+    positive = ("steps", "prompts", "rows", "row_length", "refresh_every", "epochs", "minibatches")
+    least = dict.fromkeys((*positive, "slots", "resample_limit"), 1) | {"reference_every": 0}
+    least["group_size"] = 1 if self.objective.unpaired else 2
+    for field, smallest in least.items():
+      if getattr(self, field) < smallest:
+        found = getattr(self, field)
+        raise ValueError(f"{where}: {field}: expected at least {smallest}, found {found}")
+    if self.pairing not in typing.get_args(Pairing):
+      names = ", ".join(typing.get_args(Pairing))
+      raise ValueError(f"{where}: pairing: expected one of {names}, found {self.pairing!r}")
+    if self.reference_every and not self.objective.reference:
+      raise ValueError(
+        f"{where}: reference_every: {self.objective.loss!r} without a reference does not read it, "
+        f"found {self.reference_every}"
+      )
+    if self.objective.loss == "kto" and self.prompts < 2:
+      raise ValueError(f"{where}: prompts: expected at least 2 for mismatched pairs, found 1")
+    updates = self.steps * self.epochs * self.minibatches
+    if self.optimizer.steps != updates:
+      raise ValueError(
+        f"{where}: optimizer.steps is {self.optimizer.steps}, expected {updates} "
+        "(steps x epochs x minibatches)"
+      )
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
   """Held-out pass@1 and mean reward of what the stage before left; trains nothing.
@@ -315,7 +387,7 @@ class Evaluate:
   start: str | None = None  # stage whose parameters it starts from; None: see `Experiment`
 
 
-Stage = Supervised | Reward | Preference | Online | Evaluate
+Stage = Supervised | Reward | Preference | Online | OnlinePreference | Evaluate
 
 
 @dataclasses.dataclass(frozen=True)

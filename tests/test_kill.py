@@ -29,8 +29,13 @@ KILLS = 10
 CASES = {
   "supervised": ["tests.loops.tiny", "--steps", "60"],
   "online": ["tests.loops.letters", "--steps", "60"],
+  "online_preference": ["tests.loops.letters:online_preference", "--steps", "60"],
 }
-MODELS = {"supervised": tiny.MODEL, "online": letters.MODEL}
+MODELS = {
+  "supervised": tiny.MODEL,
+  "online": letters.MODEL,
+  "online_preference": letters.PAIR_MODEL,
+}
 
 
 def start(case, runs, cache):

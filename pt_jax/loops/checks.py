@@ -22,6 +22,7 @@ from pt_jax.experiment import (
   Evaluate,
   Offline,
   Online,
+  OnlinePreference,
   Preference,
   Reward,
   Stage,
@@ -67,7 +68,7 @@ def check_stage(
       stage.optimizer.transform(trained)
       _check_offline(stage, config, tokenizer, mesh)
     else:
-      if isinstance(stage, Online):
+      if isinstance(stage, Online | OnlinePreference):
         stage.optimizer.transform(table)
         _check_rows(stage.rows, stage.row_length, config, mesh)
       _check_problems(stage, tokenizer, config, mesh)
@@ -158,7 +159,10 @@ def _check_prompts(
 
 
 def _check_problems(
-  stage: Online | Evaluate, tokenizer: Tokenizer, config: ModelConfig, mesh: jax.sharding.Mesh
+  stage: Online | OnlinePreference | Evaluate,
+  tokenizer: Tokenizer,
+  config: ModelConfig,
+  mesh: jax.sharding.Mesh,
 ) -> None:
   sharding.check_divides("slots", (stage.slots,), ("batch",), USE, mesh)
   problems, stack = stage.problems(tokenizer), stage.rewards()
@@ -167,11 +171,13 @@ def _check_problems(
     raise ValueError(
       f"expected a reward component named {CORRECT!r} (pass@1 is its mean), found {names}"
     )
-  count = stage.evaluate_problems if isinstance(stage, Online) else stage.count
+  count = stage.count if isinstance(stage, Evaluate) else stage.evaluate_problems
   if len(problems.held_out) < count:
     raise ValueError(f"held-out problems: expected {count}, found {len(problems.held_out)}")
-  room = stage.row_length if isinstance(stage, Online) else config.max_length
-  train = problems.train if isinstance(stage, Online) else ()
+  room = config.max_length if isinstance(stage, Evaluate) else stage.row_length
+  if isinstance(stage, OnlinePreference):
+    room //= stage.completions_per_group
+  train = () if isinstance(stage, Evaluate) else problems.train
   asked = itertools.chain(train, itertools.islice(problems.held_out, count))
   prompts = ((f"problem {problem.id}", problems.encode(problem)) for problem in asked)
   _check_prompts(prompts, room, stage.sampling.max_tokens)

@@ -10,13 +10,23 @@ from typing import Any, NamedTuple, cast
 import jax
 
 from pt_jax import sharding
-from pt_jax.experiment import Experiment, Offline, Online, Preference, Reward, Stage, Supervised
+from pt_jax.experiment import (
+  Experiment,
+  Offline,
+  Online,
+  OnlinePreference,
+  Preference,
+  Reward,
+  Stage,
+  Supervised,
+)
 from pt_jax.loops import preference, report, reward_model
 from pt_jax.loops.checks import check_model, check_stage
 from pt_jax.loops.context import Context, initial_params
 from pt_jax.loops.evaluation import run_evaluate
 from pt_jax.loops.offline import Outputs, read_outputs
 from pt_jax.loops.online import run_online
+from pt_jax.loops.online_preference import run_online_preference
 from pt_jax.loops.preference import run_preference
 from pt_jax.loops.reward_model import run_reward
 from pt_jax.loops.run import Run
@@ -157,6 +167,8 @@ def _run_stage(stage: Stage, context: Context) -> tuple[Params, dict[str, float]
     return run_preference(stage, context)
   if isinstance(stage, Online):
     return run_online(stage, context)
+  if isinstance(stage, OnlinePreference):
+    return run_online_preference(stage, context)
   return run_evaluate(stage, context)
 
 

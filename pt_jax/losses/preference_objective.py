@@ -9,6 +9,8 @@ import dataclasses
 import typing
 from typing import Literal
 
+from pt_jax.losses.options import check
+
 Difference = Literal["sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop"]
 Sides = Literal["nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "odds_ratio"]
 Unpaired = Literal["kto", "bco", "apo_zero_unpaired"]
@@ -33,11 +35,6 @@ READ_BY = {
 }
 
 
-def _check(field: str, value: object, holds: bool, expected: str) -> None:
-  if not holds:
-    raise ValueError(f"{field}: expected {expected}, found {value!r}")
-
-
 @dataclasses.dataclass(frozen=True)
 class DynamicBeta:
   """beta_i = [1 + alpha (M_i - M_0)] beta of each pair, no gradient through it (arXiv 2407.08639).
@@ -50,8 +47,8 @@ class DynamicBeta:
   minimum: float = 1e-3  # beta_i is not smaller; not in the paper
 
   def __post_init__(self):
-    _check("dynamic_beta.alpha", self.alpha, self.alpha > 0, "a number > 0")
-    _check("dynamic_beta.minimum", self.minimum, self.minimum > 0, "a number > 0")
+    check("dynamic_beta.alpha", self.alpha, self.alpha > 0, "a number > 0")
+    check("dynamic_beta.minimum", self.minimum, self.minimum > 0, "a number > 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,23 +79,23 @@ class PreferenceObjective:
     return self.loss in UNPAIRED
 
   def __post_init__(self):
-    _check("loss", self.loss, self.loss in LOSSES, f"one of {', '.join(LOSSES)}")
+    check("loss", self.loss, self.loss in LOSSES, f"one of {', '.join(LOSSES)}")
     for field in dataclasses.fields(self):
       losses, value = READ_BY.get(field.name, LOSSES), getattr(self, field.name)
       if self.loss not in losses and value != field.default:
         raise ValueError(f"{field.name}: {self.loss!r} does not read it, found {value!r}")
-    _check("beta", self.beta, self.beta > 0, "a number > 0")
+    check("beta", self.beta, self.beta > 0, "a number > 0")
     smoothing, least = self.label_smoothing, "(0" if self.loss == "exo_pair" else "[0"
     inside = 0 <= smoothing < 0.5 and (smoothing > 0 or self.loss != "exo_pair")
-    _check("label_smoothing", smoothing, inside, f"a number in {least}, 0.5)")
-    _check("gamma", self.gamma, self.gamma >= 0, "a number >= 0")
+    check("label_smoothing", smoothing, inside, f"a number in {least}, 0.5)")
+    check("gamma", self.gamma, self.gamma >= 0, "a number >= 0")
     limit = self.margin_limit
-    _check("margin_limit", limit, limit is None or limit > 0, "None or a number > 0")
-    _check("tau", self.tau, 0 < self.tau < 1, "a number in (0, 1)")
-    _check("sft", self.sft, self.sft >= 0, "a number >= 0")
-    _check("desirable_weight", self.desirable_weight, self.desirable_weight >= 0, "a number >= 0")
+    check("margin_limit", limit, limit is None or limit > 0, "None or a number > 0")
+    check("tau", self.tau, 0 < self.tau < 1, "a number in (0, 1)")
+    check("sft", self.sft, self.sft >= 0, "a number >= 0")
+    check("desirable_weight", self.desirable_weight, self.desirable_weight >= 0, "a number >= 0")
     weight = self.undesirable_weight
-    _check("undesirable_weight", weight, weight >= 0, "a number >= 0")
+    check("undesirable_weight", weight, weight >= 0, "a number >= 0")
     if self.unpaired and not self.reference:
       raise ValueError(f"reference: {self.loss!r} needs one, found False")
 

@@ -14,8 +14,7 @@ from pt_jax.losses.value import value_loss
 from pt_jax.models import heads
 from pt_jax.models.config import ModelConfig
 from pt_jax.models.vocabulary import at_next_token
-from pt_jax.steps.policy import filled
-from pt_jax.steps.state import TrainState, Updater, means, microbatch
+from pt_jax.steps.state import TrainState, Updater, filled, means, microbatch
 from pt_jax.weights import Params
 
 

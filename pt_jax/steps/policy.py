@@ -16,7 +16,7 @@ from pt_jax.models.config import ModelConfig
 from pt_jax.models.divergence import next_token_kl
 from pt_jax.models.logprobs import TokenStatistics, next_token_statistics
 from pt_jax.models.vocabulary import at_next_token
-from pt_jax.steps.state import Max, TrainState, Updater, means, microbatch
+from pt_jax.steps.state import Max, TrainState, Updater, filled, means, microbatch
 from pt_jax.weights import Params
 
 AnyBatch = Batch | PolicyBatch | ComparisonBatch
@@ -45,12 +45,6 @@ def token_statistics(
 ) -> TokenStatistics:
   """Log-prob, entropy and top-1 [B, S] of all tokens of a batch [B, S] at a temperature."""
   return statistics_of(hidden_states(params, batch, config), params, batch, config, temperature)
-
-
-def filled(batch: PolicyBatch | ComparisonBatch) -> jax.Array:
-  """[] int32, microbatches of a batch [A, B, S] up to the last one that holds a token."""
-  held = (batch.segment_ids >= 0).any((1, 2))
-  return jnp.max(jnp.where(held, jnp.arange(1, len(held) + 1), 0))
 
 
 def score(

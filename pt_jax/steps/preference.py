@@ -21,7 +21,7 @@ from pt_jax.losses.segments import segment_starts, segment_sum
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
 from pt_jax.models.logprobs import next_token_statistics
-from pt_jax.steps.state import TrainState, Updater, means, microbatch
+from pt_jax.steps.state import TrainState, Updater, filled, means, microbatch
 from pt_jax.weights import Params
 
 RUNNING_MOMENTUM = 0.9  # of the running mean (arXiv 2407.08639, section 4.1)
@@ -141,7 +141,7 @@ def preference_step(
   def loss(params: Params, part: ComparisonBatch) -> tuple[Sum, dict[str, Sum]]:
     return preference_objective(params, part, config=config, objective=objective, baseline=baseline)
 
-  grads, value, sums = updater.accumulate(loss, params, batch)
+  grads, value, sums = updater.accumulate(loss, params, batch, filled(batch))
   train, optimizer_metrics = updater.apply(state.train, grads, value.weight)
   metrics = means(sums)
   running = state.running
@@ -169,7 +169,7 @@ def kl_baseline(
     return seen + _mean(difference, counted.astype(jnp.float32))
 
   nothing = Sum(jnp.zeros(()), jnp.zeros(()))
-  return jax.lax.fori_loop(0, len(batch.mask), one, nothing).mean()
+  return jax.lax.fori_loop(0, filled(batch), one, nothing).mean()
 
 
 def tracked(metrics: dict[str, jax.Array], objective: PreferenceObjective) -> jax.Array | None:

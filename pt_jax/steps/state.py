@@ -150,6 +150,12 @@ def microbatch(batch: Any, i: ArrayLike) -> Any:
   return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
 
 
+def filled(batch: Any) -> jax.Array:
+  """[] int32, microbatches of packed rows [A, B, S] up to the last one that holds a token."""
+  held = (batch.segment_ids >= 0).any((1, 2))
+  return jnp.max(jnp.where(held, jnp.arange(1, len(held) + 1), 0))
+
+
 def means(metrics: dict[str, Sum | Max]) -> dict[str, jax.Array]:
   """The value of every accumulated metric."""
   return {name: value.mean() for name, value in metrics.items()}

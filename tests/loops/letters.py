@@ -4,8 +4,8 @@ import dataclasses
 
 from pt_jax.data.tasks import Problem, Task
 from pt_jax.data.tokenizers import Tokenizer
-from pt_jax.experiment import Experiment, Online, Problems
-from pt_jax.losses import objective
+from pt_jax.experiment import Experiment, Online, OnlinePreference, Problems
+from pt_jax.losses import objective, preference_objective
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
 from pt_jax.rewards.stack import Component, RewardStack
@@ -125,3 +125,42 @@ def config(*, steps: int = 40, seed: int = 0) -> Experiment:
     seed: of everything.
   """
   return experiment(stage(steps=steps, checkpoint_every=2), seed=seed)
+
+
+# A row holds a pair: two times a prompt of up to four letters and an answer of up to eight.
+PAIR_MODEL = dataclasses.replace(MODEL, max_length=32)
+
+
+def preference_stage(*, steps: int = 20, lr: float = 0.01, **changes) -> OnlinePreference:
+  """20 steps of 4 words x 8 completions, the best against the worst, with changes."""
+  epochs, minibatches = changes.get("epochs", 1), changes.get("minibatches", 1)
+  default = {
+    "name": "preference",
+    "problems": problems,
+    "rewards": rewards,
+    "objective": preference_objective.dpo(0.1),
+    "sampling": SAMPLING,
+    "optimizer": AdamW(lr, steps=steps * epochs * minibatches, warmup=min(2, steps)),
+    "steps": steps,
+    "prompts": 4,
+    "group_size": 8,
+    "rows": 4,
+    "row_length": 32,
+    "slots": 8,
+    "evaluate_every": 8,
+    "evaluate_problems": 16,
+    "checkpoint_every": 3,
+    "sample_rows": 2,
+  }
+  return OnlinePreference(**(default | changes))
+
+
+def online_preference(*, steps: int = 40, seed: int = 0) -> Experiment:
+  """Pairs of answers, from weights that are up to three steps old; the reference moves.
+
+  Args:
+    steps: of online DPO.
+    seed: of everything.
+  """
+  stage = preference_stage(steps=steps, checkpoint_every=2, refresh_every=4, reference_every=5)
+  return experiment(stage, model=PAIR_MODEL, seed=seed)
