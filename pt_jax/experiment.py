@@ -175,6 +175,59 @@ class Problems:
   train: Task
   held_out: Task
   encode: Callable[[Problem], Sequence[int]]
+  levels: Sequence[Task] = ()  # ever more difficult ones: what a curriculum trains on, not `train`
+
+
+@dataclasses.dataclass(frozen=True)
+class Curriculum:
+  """Trains on the level of `Problems.levels` whose solve rate lies in a band.
+
+  The solve rate is the mean score of the component "correct" over the latest problems of the level.
+  """
+
+  low: float = 0.3  # under it the level goes down
+  high: float = 0.8  # over it the level goes up
+  first: int = 0  # level to begin with
+  window: int = 64  # problems, the latest of the level: so many are seen before it moves
+  patience: int = 1  # steps in a row that the rate is out of the band
+  below: float = 0.0  # share of the problems taken from the level below, where there is one
+  above: float = 0.0  # share taken from the level above
+
+  def __post_init__(self):
+    if not 0 <= self.low < self.high <= 1:
+      raise ValueError(
+        f"curriculum: expected 0 <= low < high <= 1, found low {self.low}, high {self.high}"
+      )
+    if self.below < 0 or self.above < 0 or self.below + self.above >= 1:
+      raise ValueError(
+        "curriculum: expected shares below and above of at least 0 and less than 1 together, found "
+        f"{self.below} and {self.above}"
+      )
+    for field, least in (("first", 0), ("window", 1), ("patience", 1)):
+      if getattr(self, field) < least:
+        raise ValueError(
+          f"curriculum: {field}: expected at least {least}, found {getattr(self, field)}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PassRate:
+  """Before training, every problem is answered `samples` times by the policy that the stage starts
+  from; those whose share of right answers is outside low..high are not trained on."""
+
+  low: float = 0.1
+  high: float = 0.9
+  samples: int = 8  # completions of a problem
+  problems: int | None = None  # tried, chosen at random; the rest is not trained on. None: all
+
+  def __post_init__(self):
+    if not 0 <= self.low <= self.high <= 1:
+      raise ValueError(
+        f"pass_rate: expected 0 <= low <= high <= 1, found low {self.low}, high {self.high}"
+      )
+    for field in ("samples", "problems"):
+      if (value := getattr(self, field)) is not None and value < 1:
+        raise ValueError(f"pass_rate: {field}: expected at least 1, found {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +302,8 @@ class Online:
   evaluate_problems: int = 512
   checkpoint_every: int = 0  # 0: only at the end
   sample_rows: int = 4  # completions written to samples.jsonl per step
+  curriculum: Curriculum | None = None  # over the levels of the problems
+  pass_rate: PassRate | None = None  # which problems are trained on; None: all
   start: str | None = None  # stage whose parameters it starts from; None: see `Experiment`
 
   def __post_init__(self):
@@ -261,6 +316,10 @@ class Online:
       passes = (self.critic.pretrain + self.steps) * self.critic.epochs
       self._check_updates("critic.optimizer", self.critic.optimizer, passes)
     self._check_objective()
+    if self.curriculum and self.pass_rate:
+      raise ValueError(
+        f"stage {self.name}: curriculum and pass_rate: expected one of them, found both"
+      )
     if self.prompts % self.minibatches:
       raise ValueError(
         f"stage {self.name}: minibatches ({self.minibatches}) must divide prompts ({self.prompts})"
@@ -401,6 +460,7 @@ class Experiment:
   tokenizer: Callable[[], Tokenizer]
   model: ModelConfig | None = None  # from scratch; or
   checkpoint: str | None = None  # a folder in HF format, its config and its weights
+  initial: str | None = None  # with `model`: what a stage of another run left, RUN/params/STAGE
   mesh: MeshShape = MeshShape()
   zero: int = 1
   seed: int = 0
@@ -408,6 +468,8 @@ class Experiment:
   def __post_init__(self):
     if (self.model is None) == (self.checkpoint is None):
       raise ValueError(f"experiment {self.name}: give either model or checkpoint")
+    if self.initial is not None and self.model is None:
+      raise ValueError(f"experiment {self.name}: initial needs model, found a checkpoint")
     names = [stage.name for stage in self.stages]
     if not names or len(set(names)) < len(names):
       raise ValueError(f"experiment {self.name}: stages need distinct names, found {names}")

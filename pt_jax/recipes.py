@@ -39,6 +39,7 @@ def problems(
   size: int,
   held_out: int,
   seed: int,
+  levels: Sequence[Families] = (),
 ) -> Problems:
   """Procedural problems in their compact form, held-out ones removed from the others by their text.
 
@@ -49,10 +50,11 @@ def problems(
     size: problems drawn to train on; those that are held out are then taken from them.
     held_out: problems never trained on.
     seed: of the draws; held-out problems are those of `seed + 1`.
+    levels: families of ever more difficult levels for a curriculum, `size` problems each.
   """
-  draw = functools.partial(ReasoningGymTask, families, prompt=compact_prompt)
-  kept_back = draw(seed=seed + 1, size=held_out)
-  train = exclude(draw(seed=seed, size=size), kept_back)
+  draw = functools.partial(ReasoningGymTask, prompt=compact_prompt)
+  kept_back = draw(families, seed=seed + 1, size=held_out)
+  train, *ladder = (exclude(draw(f, seed=seed, size=size), kept_back) for f in (families, *levels))
   assert_disjoint(train, kept_back)
   chat = load_template(template, tokenizer=tokenizer)
 
@@ -60,7 +62,7 @@ def problems(
     turn: Message = {"role": "user", "content": problem.prompt}
     return encode_prompt([turn], tokenizer, chat, where=problem.id).tolist()
 
-  return Problems(train, kept_back, encode)
+  return Problems(train, kept_back, encode, ladder)
 
 
 def demonstrations(

@@ -54,6 +54,22 @@ def test_the_same_problems_whatever_else_is_drawn(task):
   assert [p.prompt for p in more.held_out] == [p.prompt for p in task.held_out]
 
 
+def test_levels_grow_and_none_holds_a_held_out_problem(task):
+  digits = lambda n: {"min_terms": 2, "max_terms": 2, "min_digits": n, "max_digits": n}
+  levels = [{f"chain_sum/{n}": digits(n)} for n in (1, 2, 3)]
+  made = recipes.problems(TOKENIZER, **DRAW, levels=levels)
+  assert [p.id for p in made.train] == [p.id for p in task.train] and len(made.levels) == 3
+  held_out = {question_key(problem) for problem in made.held_out}
+  for n, level in enumerate(made.levels, 1):
+    assert not {question_key(problem) for problem in level} & held_out
+    numbers = [number for p in level for number in re.findall(r"\d+", p.prompt)]
+    assert {len(number) for number in numbers} == {n}
+  assert len(made.levels[0]) < 120 and len(made.levels[2]) == 120  # of one digit, some are held out
+  assert len({problem.id for level in made.levels for problem in level}) == sum(
+    map(len, made.levels)
+  )
+
+
 def test_demonstrations_are_of_the_same_problems(task, demonstrations):
   rows = demonstrations.train.sources["demonstrations"]
   assert [rows[i]["id"] for i in range(len(rows))] == [problem.id for problem in task.train]

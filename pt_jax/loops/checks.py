@@ -16,6 +16,7 @@ import jax
 from pt_jax import sharding, weights
 from pt_jax.data import pipeline
 from pt_jax.data.sources import Source, Subset
+from pt_jax.data.tasks import Problem
 from pt_jax.data.tokenizers import Tokenizer
 from pt_jax.experiment import (
   EarlyStop,
@@ -24,6 +25,7 @@ from pt_jax.experiment import (
   Online,
   OnlinePreference,
   Preference,
+  Problems,
   Reward,
   Stage,
 )
@@ -177,7 +179,17 @@ def _check_problems(
   room = config.max_length if isinstance(stage, Evaluate) else stage.row_length
   if isinstance(stage, OnlinePreference):
     room //= stage.completions_per_group
-  train = () if isinstance(stage, Evaluate) else problems.train
+  train = () if isinstance(stage, Evaluate) else _trained_on(stage, problems)
   asked = itertools.chain(train, itertools.islice(problems.held_out, count))
   prompts = ((f"problem {problem.id}", problems.encode(problem)) for problem in asked)
   _check_prompts(prompts, room, stage.sampling.max_tokens)
+
+
+def _trained_on(stage: Online | OnlinePreference, problems: Problems) -> Iterable[Problem]:
+  """All problems that the stage may draw."""
+  if isinstance(stage, OnlinePreference) or stage.curriculum is None:
+    return problems.train
+  least, found = max(2, stage.curriculum.first + 1), len(problems.levels)
+  if found < least:
+    raise ValueError(f"curriculum: expected at least {least} levels of problems, found {found}")
+  return itertools.chain(*problems.levels)

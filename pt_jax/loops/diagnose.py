@@ -49,20 +49,22 @@ class Rule:
 
 
 _LOWER_LR = "lower AdamW.learning_rate"
-NOT_FINITE = Rule("not_finite", "*", symptoms.not_finite, f"{_LOWER_LR} or clip_norm", patience=1)
+NOT_FINITE = Rule(
+  "not_finite", "*", symptoms.not_finite, f"{_LOWER_LR} or AdamW.clip_norm", patience=1
+)
 RULES = (
   Rule(
     "kl_explosion",
     "policy/kl",
     symptoms.far_from_reference,
-    f"raise Kl.coefficient, or {_LOWER_LR}",
+    f"raise Kl.coefficient (or set Kl.controller), or {_LOWER_LR}",
     ("policy/entropy",),
   ),
   Rule(
     "kl_explosion",
     "policy/approx_kl",
     symptoms.far_from_rollouts,
-    f"{_LOWER_LR}, or fewer Online.epochs x minibatches, or narrow Clip.high",
+    f"{_LOWER_LR}, set Online.stop_kl, or fewer Online.epochs",
   ),
   Rule(
     "reward_collapse",
@@ -95,7 +97,7 @@ RULES = (
     "entropy_collapse",
     "policy/entropy",
     symptoms.entropy_fell,
-    f"raise Clip.high (0.28), give an entropy bonus, or {_LOWER_LR}",
+    f"raise Clip.high (0.28) or Objective.entropy (a bonus), or {_LOWER_LR}",
     symptoms.TASK,
   ),
   Rule(
@@ -123,7 +125,7 @@ RULES = (
     "value_overfit",
     "critic/explained_variance",
     symptoms.critic_overfits,
-    "fewer updates of the critic, a lower learning rate of its own, or more rollouts per step",
+    "fewer Critic.epochs, a lower rate in Critic.optimizer, or more Online.prompts",
     ("critic/explained_variance_after",),
   ),
   Rule(
@@ -159,7 +161,7 @@ RULES = (
     "rollout_mismatch",
     "rollout/logprob_gap_mean",
     symptoms.rollouts_of_another_policy,
-    "float32 or bfloat16 for both; if they are meant to differ, correct it: Objective.mismatch",
+    "float32 or bfloat16 for both; if they are meant to differ, set Objective.correction",
   ),
 )
 

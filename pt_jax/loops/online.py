@@ -19,6 +19,7 @@ from pt_jax import sharding
 from pt_jax.data.batch import PolicyBatch
 from pt_jax.data.tasks import Problem
 from pt_jax.experiment import Critic, Online, ValueHead
+from pt_jax.loops import difficulty
 from pt_jax.loops import episodes as episode
 from pt_jax.loops.context import Context, abstract_state
 from pt_jax.loops.critic import (
@@ -30,7 +31,6 @@ from pt_jax.loops.critic import (
 )
 from pt_jax.loops.evaluation import evaluate, held_out_problems, new_engine
 from pt_jax.loops.progress import Progress
-from pt_jax.loops.prompts import Prompts
 from pt_jax.loops.rollouts import (
   CORRECT,
   Judged,
@@ -89,7 +89,7 @@ class _Loop:
     self.stage, self.context = stage, context
     self.task, self.stack = stage.problems(context.tokenizer), stage.rewards()
     held_out_problems(self.task, stage.evaluate_problems)
-    self.prompts = Prompts(self.task.train, context.seed)
+    self.prompts = difficulty.open_stream(stage, self.task, context.seed)
     kl = stage.objective.kl
     self.reference = context.params if kl is not None else None
     self.kl_coefficient = kl.coefficient if kl is not None else 0.0
@@ -100,6 +100,10 @@ class _Loop:
     if isinstance(stage.objective.advantage, MonteCarlo):
       length += stage.sampling.max_tokens  # a step near the end is completed from there
     self.engine = new_engine(context, self.policy_params, stage.slots, length, self.start)
+    if self.start == 0 and stage.pass_rate is not None:
+      self.tokens = difficulty.sift(
+        self.prompts, self.task.train, stage.pass_rate, context, self._judge
+      )
     self._compile()
     self.results: dict[str, float] = {}
     self.pending: Pending | None = None
@@ -219,12 +223,14 @@ class _Loop:
     key = self.context.key("rollouts", step)
     kept: list[Judged] = []
     dropped: list[Judged] = []
+    rates: list[float] = []
     groups = useful = 0
     for attempt in range(stage.resample_limit):
       problems = self.prompts.take(stage.prompts)
       attempt_key = jax.random.fold_in(key, attempt)
       judged = self._judge(problems, attempt_key, n=stage.group_size, first_group=groups)
       self.tokens += sum(c.tokens for c in judged.completions)
+      rates += difficulty.solve_rates(judged)
       groups += stage.prompts
       keep = kept_groups(judged.rewards.total, judged.groups, objective=objective)
       useful += int(keep.sum()) // stage.group_size
@@ -237,9 +243,10 @@ class _Loop:
     figures = {
       "rollout/groups_drawn": float(groups),
       "rollout/groups_kept": float(useful),
-      "rollout/zero_variance": _zero_variance(chosen),
     }
-    return chosen, figures
+    if stage.group_size > 1:
+      figures["rollout/zero_variance"] = _zero_variance(chosen)
+    return chosen, figures | self.prompts.update(rates)
 
   def _learn(self, step: int, judged: Judged, figures: dict[str, float]) -> Pending:
     """Credit for the completions of one step, and all updates on them.

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
+import numpy as np
 
-from pt_jax import sharding
+from pt_jax import checkpoint, sharding, weights
 from pt_jax.experiment import (
   Experiment,
   Offline,
@@ -98,6 +99,9 @@ def run_experiment(
     loaded = None
     if experiment.checkpoint is not None:
       loaded = hf.load(experiment.checkpoint, config, mesh, layout.params)
+    if experiment.initial is not None:
+      like = weights.abstract(table, layout.params, mesh, np.dtype(config.param_dtype))
+      loaded = checkpoint.restore_params(experiment.initial, like)
     with Run.open(runs, experiment.name, id, experiment) as opened:
       params, results = _run_stages(opened, stages, context, loaded)
       if jax.process_index() == 0:

@@ -30,7 +30,7 @@ CUT_SHARE = 0.5  # of the completions end at their limit: their rewards say litt
 CUT_RISE = 0.25  # over the beginning
 LENGTH_LEFT = 0.5
 TASK_CHANGE = 0.1  # of its beginning: less is no change
-ENTROPY_LEFT = 0.05  # of the beginning; healthy runs on arithmetic keep 0.12 to 0.2
+ENTROPY_LEFT = 0.05  # of the beginning, or of the first step; healthy arithmetic keeps 0.12 to 0.2
 SOLVED = 0.9  # right answers: a policy may be certain of what it knows
 FORMAT_LEFT = 0.5  # of the best level
 FORMAT_KNOWN = 0.1  # a level below was not a format yet
@@ -107,7 +107,7 @@ def shorter_and_worse(seen: Seen, metric: str) -> str | None:
 def entropy_fell(seen: Seen, metric: str) -> str | None:
   """The policy is certain of nearly every token, and not because it solves the task."""
   entropy, correct = seen[metric], seen.get(TASK[0])
-  if not (entropy.has_past and entropy.recent <= ENTROPY_LEFT * entropy.begin):
+  if not entropy.full or entropy.recent > ENTROPY_LEFT * max(entropy.first, entropy.begin):
     return None
   if correct and correct.full and correct.recent >= SOLVED:
     return None

@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import re
 import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pt_jax import metrics
+from pt_jax import experiment, metrics
 from pt_jax.loops import diagnose as diagnosis
 from pt_jax.loops import report
-from pt_jax.loops.diagnose import RULES, Rule, Watch, diagnose
+from pt_jax.loops.diagnose import NOT_FINITE, RULES, Rule, Watch, diagnose
 from pt_jax.loops.run import Run
+from pt_jax.losses import objective, options
+from pt_jax.rollout import rollouts
+from pt_jax.steps import optimizer
 
 STEPS = 40
 
@@ -288,6 +292,18 @@ def test_a_rule_of_ones_own():
   (finding,) = watched(given, (slow,))
   assert (finding.name, finding.step, finding.advice) == ("slow", 5, "wait")
   assert diagnose(given) == []
+
+
+def test_advice_names_options_that_there_are():
+  homes = (experiment, objective, options, optimizer, rollouts)
+  named = {
+    name for rule in (*RULES, NOT_FINITE) for name in re.findall(r"[A-Z]\w+\.\w+", rule.advice)
+  }
+  assert len(named) > 10
+  for name in named:
+    owner, field = name.split(".")
+    (found,) = {getattr(home, owner) for home in homes if hasattr(home, owner)}
+    assert field in {f.name for f in dataclasses.fields(found)}, name
 
 
 def test_what_a_finding_is_logged_as():

@@ -13,6 +13,20 @@ REDUCTIONS = {
   "segment_mean": objective.Objective(kl=objective.Kl(0.1), reduction="segment_mean"),
   "constant": objective.Objective(kl=objective.Kl(0.1), reduction="constant", constant_length=11),
 }
+OTHERS = {  # what sums over a segment, and every surrogate
+  "gspo": objective.gspo(),
+  "gspo-token": objective.Objective(ratio="sequence_token", surrogate=objective.Clip(0.1, 0.1)),
+  "rloo": objective.rloo(),
+  "sapo": objective.sapo(),
+  "cispo": objective.cispo(),
+  "corrected": objective.Objective(
+    surrogate=objective.Clip(dual=1.5),
+    kl=objective.Kl(0.1, "exact"),
+    entropy=0.1,
+    correction=objective.Correction("sequence", "mask", 0.5, 1.5),
+  ),
+}
+EVERY = REDUCTIONS | OTHERS
 WIDTH = 13  # columns; the longest pair of samples that is packed has 12 tokens
 MASK = np.float32([[0, 1, 1, 0, 0.5, 0], [0, 0, 1, 1, 1, 0]])
 IDS = np.int32([[0, 0, 0, 1, 1, -1], [0, 0, 1, 1, 1, 2]])  # 5 segments, 2 of them masked whole
@@ -69,7 +83,7 @@ def whole():
   made = layouts.samples()
   batch = layouts.lay_out(made, layouts.APART, WIDTH)
   found = {}
-  for name, chosen in REDUCTIONS.items():
+  for name, chosen in EVERY.items():
     value, gradient = layouts.value_and_gradient(batch, chosen)
     found[name] = value, layouts.take_back(gradient, made, layouts.APART)
   return made, found
@@ -87,13 +101,13 @@ LAYOUTS = {  # rows, columns, what stands on padding, microbatches; few shapes, 
 }
 
 
-@pytest.mark.parametrize("name", REDUCTIONS)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_changes_neither_loss_nor_gradient(whole, name, layout):
   made, found = whole
   rows, width, junk, microbatches = LAYOUTS[layout]
   batch = layouts.lay_out(made, rows, width, junk)
-  value, gradient = layouts.value_and_gradient(batch, REDUCTIONS[name], microbatches)
+  value, gradient = layouts.value_and_gradient(batch, EVERY[name], microbatches)
   expected, expected_gradients = found[name]
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   for got, wanted in zip(layouts.take_back(gradient, made, rows), expected_gradients):
@@ -112,7 +126,7 @@ def test_dividing_each_microbatch_is_seen(whole, name):
 
 
 def test_reductions_differ(whole):
-  values = [value for value, _ in whole[1].values()]
+  values = [whole[1][name][0] for name in REDUCTIONS]
   assert min(np.abs(np.diff(np.sort(values)))) > 1e-3
 
 

@@ -16,6 +16,11 @@ OBJECTIVES = {
   "token_mean": objective.bnpo(),
   "segment_mean": objective.grpo(),
   "constant": objective.dr_grpo(9),
+  "gspo": objective.gspo(),
+  "rloo": objective.rloo(),
+  "corrected": objective.Objective(
+    surrogate=objective.Cispo(), correction=objective.Correction("sequence", "mask", 0.5, 1.5)
+  ),
 }
 
 

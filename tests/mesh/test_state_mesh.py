@@ -18,7 +18,7 @@ pytestmark = pytest.mark.mesh
 def initial_state(shape, stage):
   """A state whose parameters were drawn on the mesh itself."""
   with jax.set_mesh(training.make_mesh(shape)):
-    updater = training.make_updater(stage)
+    updater = training.make_updater(stage, "grpo")
     create = lambda key: updater.create(decoder.init(key, training.MODEL, updater.layout.params))
     return jax.jit(create)(jax.random.key(0))
 
@@ -27,7 +27,7 @@ def initial_state(shape, stage):
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (2, 1, 1, 4), (2, 2, 1, 2)])
 def test_init_is_the_same_on_every_mesh(shape, stage):
   got = jax.device_get(initial_state(shape, stage).params)
-  jax.tree.map(np.testing.assert_array_equal, got, training.initial_params())
+  jax.tree.map(np.testing.assert_array_equal, got, training.initial_params("grpo"))
 
 
 def bytes_of_device(tree, device) -> int:

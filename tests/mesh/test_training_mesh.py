@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from pt_jax import weights
-from pt_jax.models import decoder
 from tests.mesh import training
 from tests.mesh.training import Case
 
@@ -42,6 +41,12 @@ CASES = [
   Case("grpo", CONTEXT, 1, 2, "packed"),
   Case("sft", CONTEXT, 3, 4, "packed"),
 ]
+OTHERS = [  # the rest of the policy step, and the critic's
+  Case("all", BOTH, 3, 2, "packed"),
+  Case("all", CONTEXT, 1, 1, "unpacked"),
+  Case("critic", CONTEXT, 3, 2, "packed"),
+  Case("critic", TENSOR, 1, 4, "unpacked"),
+]
 EVERY = [
   Case(*fields)
   for fields in itertools.product(
@@ -65,7 +70,7 @@ def largest_error(got, want) -> float:
   return max(jax.tree.leaves(jax.tree.map(error, got, want)))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *OTHERS], ids=str)
 def test_update_is_that_of_one_device(case):
   check_update(case)
 
@@ -88,20 +93,23 @@ def check_update(case: Case) -> None:
   assert largest_error(adam.mu, reference.mu) < 1e-5
   assert largest_error(adam.nu, reference.nu) < 2e-5  # squares
   assert largest_error(got.state.params, want.state.params) < 1e-5
-  layout, mesh = training.make_updater(case.zero).layout, training.make_mesh(case.mesh)
-  check_where(got.state.params, layout.params, mesh)
-  check_where(adam.mu, layout.optimizer, mesh)
-  check_where(adam.nu, layout.optimizer, mesh)
+  updater, mesh = training.make_updater(case.zero, case.kind), training.make_mesh(case.mesh)
+  for tree, rules in (
+    (got.state.params, updater.layout.params),
+    (adam.mu, updater.layout.optimizer),
+    (adam.nu, updater.layout.optimizer),
+  ):
+    check_where(tree, updater.table, rules, mesh)
 
 
-def check_where(tree, rules, mesh) -> None:
+def check_where(tree, table, rules, mesh) -> None:
   """Every leaf lives where the rules say, and each device holds its part of it only."""
 
   def check(row, w):
     sizes = [mesh.shape[a] for part in rules.spec(*row.axes, mesh=mesh) for a in as_names(part)]
     assert {s.data.size for s in w.addressable_shards} == {w.size // math.prod(sizes)}
 
-  weights.map_table(check, decoder.table(training.MODEL), tree)
+  weights.map_table(check, table, tree)
 
 
 def as_names(part) -> tuple[str, ...]:
@@ -113,7 +121,7 @@ def test_the_update_moves_and_the_kinds_differ():
   sft, grpo = (
     training.update(Case(kind, (1, 1, 1, 1), 1, 1, "unpacked")) for kind in ("sft", "grpo")
   )
-  before = training.initial_params()
+  before = training.initial_params("grpo")
   for outcome in (sft, grpo):
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), outcome.state.params, before)
     assert min(jax.tree.leaves(moved)) > 1e-4

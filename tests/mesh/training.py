@@ -1,16 +1,19 @@
-"""One SFT or GRPO update of a tiny model on any mesh, and the samples that it is done on."""
+"""One update of a tiny model on any mesh, of every kind, and the samples that it is done on."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pt_jax import sharding, weights
 from pt_jax.data.batch import Batch, PolicyBatch
 from pt_jax.losses import objective
-from pt_jax.models import decoder
+from pt_jax.models import decoder, heads
 from pt_jax.models.config import ModelConfig
+from pt_jax.steps.critic import value_step
 from pt_jax.steps.optimizer import AdamW
 from pt_jax.steps.policy import policy_step
 from pt_jax.steps.state import TrainState, Updater
@@ -38,10 +41,24 @@ SAMPLES = 64  # one a row: 64 rows; two a row: 32, which 8 devices and 4 microba
 ADAM = AdamW(1e-2, steps=10, weight_decay=0.1, epsilon=1e-3, clip_norm=0.5)
 
 
+# Every option of the policy step at once: ratios of sequences, exact KL, entropy, NLL of right
+# completions, a correction of sequences, a value head.
+EVERYTHING = objective.Objective(
+  advantage=objective.Gae(),
+  ratio="sequence",
+  surrogate=objective.Clip(0.1, 0.15, dual=1.3),
+  kl=objective.Kl(0.2, "exact"),
+  entropy=0.1,
+  positive_nll=0.3,
+  correction=objective.Correction("sequence", "truncate", 0.5, 1.5),
+  reduction="segment_mean",
+)
+
+
 class Case(NamedTuple):
   """One way to run the update; the result must not depend on anything but `kind`."""
 
-  kind: str  # sft or grpo
+  kind: str  # sft, grpo, all (of the policy step's options) or critic
   mesh: tuple[int, int, int, int]  # data, context, expert, tensor
   zero: int
   microbatches: int
@@ -113,30 +130,47 @@ def make_mesh(shape: tuple[int, int, int, int]) -> jax.sharding.Mesh:
   return sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
 
 
-def make_updater(stage: int) -> Updater:
-  """What all cases share but the layout of the state."""
-  return Updater(ADAM, decoder.table(MODEL), sharding.zero(stage))
+def make_table(kind: str) -> weights.Table:
+  """The parameters of a kind: a critic's trunk and head, a policy with a head, or a policy."""
+  if kind == "critic":
+    return heads.table(MODEL)
+  head = {heads.HEAD: heads.head_row(MODEL)} if kind == "all" else {}
+  return {**decoder.table(MODEL), **head}
+
+
+def make_updater(stage: int, kind: str) -> Updater:
+  """What all cases of a kind share but the layout of the state."""
+  return Updater(ADAM, make_table(kind), sharding.zero(stage))
 
 
 @functools.cache
-def initial_params() -> weights.Params:
-  """The weights that every case starts from, on the host."""
+def initial_params(kind: str) -> weights.Params:
+  """The weights that every case of a kind starts from, on the host."""
   with jax.set_mesh(make_mesh((1, 1, 1, 1))):
-    init = lambda key: decoder.init(key, MODEL, sharding.USE)
+    init = lambda key: weights.init(key, make_table(kind), sharding.USE, jnp.dtype("float32"))
     return jax.device_get(jax.jit(init)(jax.random.key(0)))
+
+
+def make_step(kind: str) -> Callable[..., Any]:
+  """(state, batch, config=, updater=) -> (state, metrics)."""
+  if kind == "sft":
+    return functools.partial(sft_step, reduction="token_mean")
+  if kind == "critic":
+    return functools.partial(value_step, clip=0.2)
+  policy = functools.partial(policy_step, temperature=0.8, first_update=False)
+  if kind == "grpo":
+    return functools.partial(policy, objective=objective.grpo())
+  reference = jax.tree.map(lambda x: 1.3 * x, initial_params("grpo"))
+  return functools.partial(
+    policy, objective=EVERYTHING, reference=reference, value_coefficient=0.5, value_clip=0.2
+  )
 
 
 @functools.cache
 def update(case: Case) -> Outcome:
   """One update from the same initial weights."""
   with jax.set_mesh(make_mesh(case.mesh)):
-    updater = make_updater(case.zero)
-    if case.kind == "sft":
-      step = functools.partial(sft_step, reduction="token_mean")
-    else:
-      step = functools.partial(
-        policy_step, objective=objective.grpo(), temperature=0.8, first_update=False
-      )
-    step = functools.partial(step, config=MODEL, updater=updater)
-    state = jax.jit(updater.create)(initial_params())
+    updater = make_updater(case.zero, case.kind)
+    step = functools.partial(make_step(case.kind), config=MODEL, updater=updater)
+    state = jax.jit(updater.create)(initial_params(case.kind))
     return Outcome(*jax.jit(step, donate_argnums=0)(state, make_batch(case)))
