@@ -32,7 +32,6 @@ from pt_jax.steps.preference import (
   completion_logprobs,
   preference_evaluate,
   preference_step,
-  score,
 )
 from pt_jax.steps.state import Updater
 from pt_jax.weights import Params
@@ -69,17 +68,12 @@ def run_preference(stage: Preference, context: Context) -> tuple[Params, dict[st
     data = _with_cached(stage, data, context)
   step = compiled_step(context.config, stage.optimizer, context.layout, stage.objective)
   evaluate = compiled_evaluation(context.config, stage.objective)
-  many, one = compiled_scores(context.config)
-
-  def scored(batch: Any, score: Any) -> ComparisonBatch:
-    """The batch with its log-probs under the reference, where no cache has given them."""
-    return batch.replace(reference_logprobs=score(context.params, batch)) if online else batch
-
+  policy = context.params if online else None
   training = Training(
     context=context,
     updater=PreferenceUpdater(Updater(stage.optimizer, context.table, context.layout)),
-    update=lambda state, batch: step(state, scored(batch, many)),
-    evaluate=lambda state, batch: evaluate(state, scored(batch, one)),
+    update=lambda state, batch: step(state, batch, policy),
+    evaluate=lambda state, batch: evaluate(state, batch, policy),
     figures=functools.partial(_figures, held_out_slices(data)),
     shown={"loss": "loss", "accuracy": "preference/accuracy", "margin": "preference/margin"},
     derived=functools.partial(_derived, stage.objective),
@@ -92,12 +86,18 @@ def run_preference(stage: Preference, context: Context) -> tuple[Params, dict[st
 def compiled_step(
   config: ModelConfig, optimizer: AdamW, layout: Layout, objective: PreferenceObjective
 ) -> Any:
-  """The jitted, donated (state, batch with leaves [A, B, S]) -> (state, metrics)."""
+  """The jitted, donated (state, batch [A, B, S], reference or None) -> (state, metrics).
+
+  One program scores and updates. Two of them in flight at a time on several CPU devices wait for
+  each other's threads.
+  """
   updater = Updater(optimizer, decoder.table(config), layout)
 
-  def step(state: PreferenceState, batch: ComparisonBatch) -> tuple[PreferenceState, Any]:
+  def step(
+    state: PreferenceState, batch: ComparisonBatch, reference: Params | None
+  ) -> tuple[PreferenceState, Any]:
     state, metrics = preference_step(
-      state, batch, config=config, updater=updater, objective=objective
+      state, batch, config=config, updater=updater, objective=objective, reference=reference
     )
     return state, metrics | offline.counted(batch)
 
@@ -105,18 +105,21 @@ def compiled_step(
 
 
 @functools.cache
-def compiled_scores(config: ModelConfig) -> tuple[Any, Any]:
-  """The jitted (params, batch) -> log-probs, for leaves [A, B, S] and for leaves [B, S]."""
-  many, one = (functools.partial(f, config=config) for f in (score, completion_logprobs))
-  return jax.jit(many), jax.jit(one)
+def compiled_score(config: ModelConfig) -> Any:
+  """The jitted (params, batch with leaves [B, S]) -> log-probs [B, S]."""
+  return jax.jit(functools.partial(completion_logprobs, config=config))
 
 
 @functools.cache
 def compiled_evaluation(config: ModelConfig, objective: PreferenceObjective) -> Any:
-  """The jitted (state, batch with leaves [B, S]) -> Evaluation."""
+  """The jitted (state, batch with leaves [B, S], reference or None) -> Evaluation."""
 
-  def evaluate(state: PreferenceState, batch: ComparisonBatch) -> Evaluation:
-    found = preference_evaluate(state, batch, config=config, objective=objective)
+  def evaluate(
+    state: PreferenceState, batch: ComparisonBatch, reference: Params | None
+  ) -> Evaluation:
+    found = preference_evaluate(
+      state, batch, config=config, objective=objective, reference=reference
+    )
     everywhere = lambda x: jax.reshard(x, jax.P())  # on a pod, every host reads all of it
     return Evaluation(found[0], *jax.tree.map(everywhere, found[1:]))
 
@@ -179,7 +182,7 @@ def _with_cached(stage: Preference, data: ComparisonData, context: Context) -> C
   known = reference.cached(
     data,
     dataclasses.replace(stage.layout, batch_size=rows),
-    functools.partial(compiled_scores(context.config)[1], context.params),
+    functools.partial(compiled_score(context.config), context.params),
     context.stage.folder / REFERENCE / reference.params_hash(context.params),
     context.mesh,
   )

@@ -139,18 +139,16 @@ CACHED = functools.partial(pairs.stage, reference="cached")
 def scored(monkeypatch):
   """The batches whose reference log-probs were computed before the first update."""
   seen = []
-  real = preference.compiled_scores
+  real = preference.compiled_score
 
   def counting(config):
-    many, one = real(config)
-
     def counted(params, batch):
       seen.append(batch)
-      return one(params, batch)
+      return real(config)(params, batch)
 
-    return many, counted
+    return counted
 
-  monkeypatch.setattr(preference, "compiled_scores", counting)
+  monkeypatch.setattr(preference, "compiled_score", counting)
   return seen
 
 
@@ -189,7 +187,7 @@ def test_a_changed_row_or_other_weights_miss_the_cache(tmp_path, one_device):
     jax.jit(lambda key: decoder.init(key, tiny.MODEL, sharding.USE))(jax.random.key(seed))
     for seed in (0, 1)
   ]
-  one, calls = preference.compiled_scores(tiny.MODEL)[1], []
+  one, calls = preference.compiled_score(tiny.MODEL), []
 
   def cached(data, number):
     calls.clear()
