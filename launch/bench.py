@@ -32,6 +32,7 @@ from pt_jax.data.tasks import Problem
 from pt_jax.loops.rollouts import Judged, drawn_tokens, pack_policy
 from pt_jax.losses import objective as objectives
 from pt_jax.losses.credit import Episodes, assign_credit
+from pt_jax.losses.supervised import SupervisedObjective
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
 from pt_jax.rewards.stack import Component, RewardStack
@@ -117,7 +118,7 @@ def _sft() -> Callable[[int], int]:
   batch = Batch(*fields)
   batch = sharding.put(batch, sharding.batch_spec(1), jax.sharding.get_mesh())
   step = functools.partial(
-    supervised.sft_step, config=config, updater=updater, reduction="token_mean"
+    supervised.sft_step, config=config, updater=updater, objective=SupervisedObjective()
   )
   step = jax.jit(step, donate_argnums=0)
   box = [state]

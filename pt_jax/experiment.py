@@ -20,8 +20,8 @@ from pt_jax.data.tasks import Problem, Task
 from pt_jax.data.tokenizers import Tokenizer
 from pt_jax.losses.objective import Objective
 from pt_jax.losses.preference_objective import PreferenceObjective
-from pt_jax.losses.reduce import Reduction
 from pt_jax.losses.reward import RewardObjective
+from pt_jax.losses.supervised import SupervisedObjective, sft
 from pt_jax.models.config import ModelConfig
 from pt_jax.rewards.judges import Judge
 from pt_jax.rewards.stack import RewardStack
@@ -116,7 +116,7 @@ class Supervised(Offline):
   """Supervised fine-tuning."""
 
   data: Callable[[Tokenizer], SupervisedData]
-  reduction: Reduction = "token_mean"
+  objective: SupervisedObjective = dataclasses.field(default_factory=sft)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from pt_jax.experiment import (
   Problems,
   Reward,
   Stage,
+  Supervised,
 )
 from pt_jax.loops import preference, reward_model, supervised
 from pt_jax.loops.context import in_stage
@@ -108,7 +109,9 @@ def _logged(stage: Offline) -> set[str]:
   if isinstance(stage, Preference):
     step, evaluation = preference.metric_names(stage.objective)
   else:
-    step, evaluation = supervised.METRICS, supervised.EVALUATION_METRICS
+    assert isinstance(stage, Supervised)
+    step = supervised.step_metrics(stage.objective)
+    evaluation = supervised.evaluation_metrics(stage.objective)
   return {*step, *evaluation, *(SAMPLE_METRICS if stage.sample_every else ())}
 
 
