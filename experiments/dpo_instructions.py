@@ -109,7 +109,7 @@ def config(
   rows: str = ROWS,
   held_out: int = 200,
   sft_steps: int = 150,
-  steps: int = 100,
+  steps: int = 60,
   sft_lr: float = 3e-3,
   lr: float = 3e-4,
   batch_size: int = 8,
@@ -117,7 +117,7 @@ def config(
   microbatches: int = 1,
   reference: Literal["online", "cached"] = "online",
   width: int = 128,
-  layers: int = 4,
+  layers: int = 2,
   seed: int = 0,
 ) -> Experiment:
   """A byte-level decoder from scratch, SFT on the chosen answers, then one preference loss.
@@ -168,19 +168,36 @@ def config(
   )
 
 
-def every_loss(*, steps: int = 100, sft_steps: int = 150, seed: int = 0) -> Experiment:
+def every_loss(
+  *,
+  rows: str = ROWS,
+  held_out: int = 200,
+  sft_steps: int = 150,
+  steps: int = 60,
+  batch_size: int = 8,
+  row_length: int = 640,
+  width: int = 128,
+  layers: int = 2,
+  seed: int = 0,
+) -> Experiment:
   """One cold start, and every loss from it: a report with a column for each.
 
   Args:
-    steps: updates of every preference stage.
+    rows: as in `config`, and so are the others.
+    held_out: pairs that no stage trains on.
     sft_steps: updates of the cold start.
+    steps: updates of every preference stage.
+    batch_size: packed rows per update.
+    row_length: tokens per row.
+    width: of the residual stream.
+    layers: of the model.
     seed: of initialisation and data order.
   """
-  each = [
-    config(loss=loss, steps=steps, sft_steps=sft_steps, seed=seed) for loss in typing.get_args(Loss)
-  ]
+  options = dict(locals())
+  each = [config(loss=loss, **options) for loss in typing.get_args(Loss)]
   cold_start = each[0].stages[0]
-  stages = (dataclasses.replace(e.stages[1], start=cold_start.name) for e in each)
+  changes: Any = {"start": cold_start.name, "sample_every": 0}
+  stages = [dataclasses.replace(e.stages[1], **changes) for e in each]
   return dataclasses.replace(
     each[0], name="dpo_instructions_every_loss", stages=(cold_start, *stages)
   )
