@@ -4,7 +4,6 @@ The reference is what the stage starts from. Its log-probs are computed with eve
 and then read from the folder of the run.
 """
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from pt_jax.data.batch import ComparisonBatch
 from pt_jax.data.groups import Group
 from pt_jax.experiment import ComparisonData, Preference
-from pt_jax.loops import offline, reference
+from pt_jax.loops import offline, ranking, reference
 from pt_jax.loops.context import Context
 from pt_jax.loops.offline import Evaluation, Outputs, Training
 from pt_jax.loops.report import COLORS, Drawn
@@ -56,7 +55,8 @@ def metric_names(objective: PreferenceObjective) -> tuple[tuple[str, ...], tuple
   ):
     pairs |= {name} if there else set()
   step = {f"preference/{name}" for name in shared | single | pairs}
-  evaluation = {f"eval/{name}" for name in shared | pairs | {"loss", "ranking_accuracy"}}
+  figures = {"loss", "ranking_accuracy", "accuracy_low", "accuracy_high"}
+  evaluation = {f"eval/{name}" for name in shared | pairs | figures}
   return (*offline.METRICS, *sorted(step)), tuple(sorted(evaluation))
 
 
@@ -200,19 +200,27 @@ def _derived(objective: PreferenceObjective, metrics: dict[str, float]) -> dict[
 def _figures(
   slices: list[str] | None, means: dict[str, float], outputs: Outputs
 ) -> dict[str, float]:
-  """Means over all held-out pairs, and accuracy and margin of every slice, the least first."""
-  figures = {f"eval/{name}": value for name, value in means.items()}
-  if slices is None:
-    return figures
-  margins: dict[str, list[float]] = collections.defaultdict(list)
-  for row, margin in zip(outputs.rows, outputs.values["margin"]):
-    margins[slices[row]].append(float(margin))
-  for name in sorted(margins, key=lambda name: (np.mean(margins[name]), name)):
-    of_slice = np.array(margins[name])
-    figures[f"eval/slice/{name}/margin"] = float(of_slice.mean())
-    figures[f"eval/slice/{name}/accuracy"] = float((of_slice > 0).mean())
-    figures[f"eval/slice/{name}/pairs"] = float(len(of_slice))
-  return figures
+  """Of all held-out pairs: means, and the accuracy (a draw is half right) with its 95 % interval;
+  accuracy and mean margin of every slice, the least separated first."""
+  margins = outputs.values["margin"]
+  right = ranking.right_order(margins)
+  share = ranking.share(right)
+  figures = {
+    **means,
+    "accuracy": share.value,
+    "accuracy_low": share.low,
+    "accuracy_high": share.high,
+  }
+  if slices is not None:
+    names = np.array([slices[row] for row in outputs.rows])
+    mean = {name: float(margins[names == name].mean()) for name in np.unique(names).tolist()}
+    parts = ranking.by_slice(right, names.tolist())
+    for name in sorted(mean, key=lambda name: (mean[name], name)):
+      part = parts[name]
+      of_slice = {"margin": mean[name], "accuracy": part.value, "low": part.low, "high": part.high}
+      of_slice["count"] = float(part.count)
+      figures |= {f"slice/{name}/{what}": value for what, value in of_slice.items()}
+  return {f"eval/{name}": value for name, value in figures.items()}
 
 
 def draw(stage: str, outputs: Outputs) -> list[Drawn]:
