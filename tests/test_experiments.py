@@ -117,7 +117,7 @@ def test_preference_losses_of_each_kind(every_loss, tmp_path):
   stages = [s for s in every_loss.stages if s.name in ("sft", "dpo", "kto", "orpo")]
   experiment = dataclasses.replace(every_loss, stages=tuple(stages))
   results = run_experiment(experiment, runs=tmp_path, id="0", quiet=True).results
-  assert [*results] == ["sft", "dpo", "kto", "orpo"]
+  assert {*results} == {"sft", "dpo", "kto", "orpo"}
   changes = [results[name]["eval/margin"] for name in ("dpo", "kto", "orpo")]
   assert len({0.0, *changes}) == 4
 
