@@ -263,6 +263,46 @@ class ValueHead:
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelReward:
+  """The reward of a model that an earlier `Reward` stage trained, beside that of the stack."""
+
+  stage: str  # its name
+  weight: float = 1.0  # multiplies the mean over its members
+  members: int = 1  # that the stage has
+  pessimism: float = 0.0  # so many standard deviations over the members are taken off
+  process: bool = False  # it judges steps: their probabilities are the rewards of `process`
+
+  def __post_init__(self):
+    if self.members < 1:
+      raise ValueError(f"reward_model.members: expected at least 1, found {self.members}")
+    if self.pessimism < 0:
+      raise ValueError(f"reward_model.pessimism: expected a number >= 0, found {self.pessimism}")
+    if self.weight == 0 or (self.process and self.weight != 1.0):
+      expected = "1.0 (process.weight weighs steps)" if self.process else "a number other than 0"
+      raise ValueError(f"reward_model.weight: expected {expected}, found {self.weight}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+  """A preference loss on given pairs in every update, against what RL makes a policy forget.
+
+  The gradient is that of RL plus `weight` times that of the pairs, each divided by its own weight.
+  """
+
+  data: Callable[[Tokenizer], ComparisonData]
+  objective: PreferenceObjective  # of pairs; its reference is what the stage starts from
+  layout: Layout  # rows of pairs in an update
+  weight: float = 0.1
+
+  def __post_init__(self):
+    o = self.objective
+    if o.unpaired or o.loss == "bco_pair" or o.dynamic_beta is not None:
+      raise ValueError(f"mix.objective: expected one of pairs without a running mean, found {o}")
+    if self.weight <= 0:
+      raise ValueError(f"mix.weight: expected a number > 0, found {self.weight}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Steps:
   """What the steps of a completion are, and what one is worth."""
 
@@ -296,6 +336,8 @@ class Online:
   stop_kl: float | None = None  # no further epoch of a step once policy/approx_kl is over this
   critic: Critic | ValueHead | None = None  # for objectives with `Gae`
   steps_of: Steps | None = None  # for objectives with `process` or `MonteCarlo`
+  reward_model: ModelReward | None = None  # beside `rewards`
+  mix: Mix | None = None  # pairs that are trained on in every update
   slots: int = 64  # completions decoded at once
   resample_limit: int = 4  # dynamic sampling: times that a step draws prompts, at most
   evaluate_every: int = 0  # held-out pass@1; 0: only at the end
@@ -350,8 +392,16 @@ class Online:
         raise ValueError(
           f"stage {self.name}: {field}: expected {expected}, found {getattr(self, field)}"
         )
-    if o.process is not None and (self.steps_of is None or self.steps_of.rewards is None):
-      raise ValueError(f"stage {self.name}: steps_of.rewards: objective.process needs it")
+    judged = self.reward_model is not None and self.reward_model.process
+    given = self.steps_of is not None and self.steps_of.rewards is not None
+    if o.process is not None and given == judged:
+      found = "both" if given else "neither"
+      raise ValueError(
+        f"stage {self.name}: objective.process: expected steps_of.rewards or a reward model of "
+        f"steps, found {found}"
+      )
+    if judged and o.process is None:
+      raise ValueError(f"stage {self.name}: reward_model.process: the objective has no process")
     if self.stop_kl is not None and (self.epochs == 1 or self.stop_kl <= 0):
       raise ValueError(
         f"stage {self.name}: stop_kl: expected a number > 0 and several epochs, found "
@@ -480,3 +530,22 @@ class Experiment:
           f"stage {stage.name}: start: expected a stage before it, one of {before}, found "
           f"{stage.start!r}"
         )
+      _check_inputs(stage, self.stages[:i])
+
+
+def _check_inputs(stage: Stage, before: Sequence[Stage]) -> None:
+  """Raises ValueError unless the reward models that a stage asks for are trained before it."""
+  if not isinstance(stage, Online):
+    return
+  models = {s.name: s.members for s in before if isinstance(s, Reward)}
+  wanted = []
+  if isinstance(stage.critic, Critic) and stage.critic.start is not None:
+    wanted.append(("critic.start", stage.critic.start, 1))
+  if stage.reward_model is not None:
+    wanted.append(("reward_model", stage.reward_model.stage, stage.reward_model.members))
+  for field, name, members in wanted:
+    if models.get(name) != members:
+      raise ValueError(
+        f"stage {stage.name}: {field}: expected a Reward stage before it with {members} members, "
+        f"found {name!r} among {models}"
+      )
