@@ -31,6 +31,7 @@ from pt_jax.steps.preference import (
   completion_logprobs,
   preference_evaluate,
   preference_step,
+  score,
 )
 from pt_jax.steps.state import Updater
 from pt_jax.weights import Params
@@ -108,6 +109,12 @@ def compiled_step(
 def compiled_score(config: ModelConfig) -> Any:
   """The jitted (params, batch with leaves [B, S]) -> log-probs [B, S]."""
   return jax.jit(functools.partial(completion_logprobs, config=config))
+
+
+@functools.cache
+def compiled_microbatch_scores(config: ModelConfig) -> Any:
+  """The jitted (params, batch with leaves [A, B, S]) -> log-probs [A, B, S]."""
+  return jax.jit(functools.partial(score, config=config))
 
 
 @functools.cache
