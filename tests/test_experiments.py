@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import typing
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 from experiments import (
   arithmetic,
+  dpo_instructions,
   grpo_arithmetic,
   grpo_gsm8k,
   gspo_arithmetic,
@@ -156,3 +158,58 @@ def test_grpo_gsm8k_from_a_checkpoint(tmp_path, one_device):
   before, after = (jax.tree.leaves(tree)[0] for tree in (params, finished.params))
   assert before.shape == after.shape
   assert 0 <= finished.results["grpo"]["eval/pass@1"] <= 1
+
+
+@pytest.fixture
+def every_loss(tmp_path):
+  """Two steps of a cold start and of every preference loss, on pairs that are short."""
+  rows = [
+    {
+      "instruction": f"Add {i}.",
+      "input": "",
+      "output": f"{i} it is.",
+      "chosen": f"{i} it is.",
+      "rejected": f"Fine, {i}.",
+    }
+    for i in range(12)
+  ]
+  path = tmp_path / "pairs.json"
+  path.write_text(json.dumps(rows))
+  small = {"batch_size": 2, "row_length": 128, "width": 64, "layers": 1, "held_out": 4}
+  return dpo_instructions.every_loss(rows=str(path), sft_steps=2, steps=2, **small)
+
+
+def test_preference_losses_of_each_kind(every_loss, tmp_path):
+  """On pairs, on single completions, and without a reference; the others differ in the loss."""
+  stages = [s for s in every_loss.stages if s.name in ("sft", "dpo", "kto", "orpo")]
+  experiment = dataclasses.replace(every_loss, stages=tuple(stages))
+  results = run_experiment(experiment, runs=tmp_path, id="0", quiet=True).results
+  assert {*results} == {"sft", "dpo", "kto", "orpo"}
+  changes = [results[name]["eval/margin"] for name in ("dpo", "kto", "orpo")]
+  assert len({0.0, *changes}) == 4
+
+
+@pytest.mark.slow
+def test_every_preference_loss_runs(every_loss, tmp_path):
+  results = run_experiment(every_loss, runs=tmp_path, id="0", quiet=True).results
+  margins = [results[loss]["eval/margin"] for loss in typing.get_args(dpo_instructions.Loss)]
+  assert len(set(margins)) == len(margins) and 0 not in margins
+
+
+def test_preference_ablations_differ_in_the_objective_alone(every_loss):
+  losses = typing.get_args(dpo_instructions.Loss)
+  base = dpo_instructions.config()
+  objectives = set()
+  for loss, stage in zip(losses, every_loss.stages[1:], strict=True):
+    make = dpo_instructions.config if loss == "dpo" else getattr(dpo_instructions, loss)
+    ablation = make()
+    assert ablation.name.removeprefix("dpo_instructions").removeprefix("_") in (loss, "")
+    assert plain(ablation.stages[0]) == plain(base.stages[0])
+    changed = ablation.stages[1]
+    assert changed.objective == stage.objective == dpo_instructions.OBJECTIVES[loss]()
+    assert changed.data.keywords["unpaired"] == changed.objective.unpaired
+    same = {"name": "dpo", "objective": base.stages[1].objective, "data": base.stages[1].data}
+    assert plain(dataclasses.replace(changed, **same)) == plain(base.stages[1])
+    objectives.add(changed.objective)
+  assert len(objectives) == len(losses) == len(dpo_instructions.OBJECTIVES)
+  assert dpo_instructions.config(beta=0.7).stages[1].objective.beta == 0.7

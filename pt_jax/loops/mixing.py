@@ -22,7 +22,7 @@ class MixedPairs:
       data.train, data.encode, mix.layout, host=data_host(context.mesh), form=data.form
     )
     self._batches = iter(batches)
-    self._score, _ = preference.compiled_scores(context.config)
+    self._score = preference.compiled_microbatch_scores(context.config)
 
   def take(self) -> ComparisonBatch:
     """The next batch, on the mesh, as [1, B, S]."""
