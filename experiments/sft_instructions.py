@@ -15,7 +15,16 @@ Other objectives, after 60 steps of plain SFT that all of them start from:
   python -m launch.local experiments.sft_instructions:objectives
   python -m launch.local experiments.sft_instructions:psft --coefficient 1.0
 
-FIGURES
+Seed 0, after 60 more steps; nats, eval/kl from the start, entropy of the prediction, on held-out
+bytes (at the start: 2.155, 0, 2.31):
+
+  nll              1.922   0.208   2.00
+  psft             1.979   0.061   2.15
+  psft_clipped     1.953           2.01
+  label_smoothed   2.031   0.342   2.61
+  dft              5.104   1.196   0.21   trains what it knows already, so a weak start collapses
+
+All six stages took 9m38s on 2 CPU cores beside three other jobs, 5 minutes of CPU time.
 """
 
 import dataclasses
