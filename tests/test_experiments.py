@@ -20,6 +20,7 @@ from experiments import (
   quickstart,
   reinforce_arithmetic,
   rloo_arithmetic,
+  sft_instructions,
   vapo_arithmetic,
 )
 from pt_jax import recipes, sharding
@@ -64,6 +65,20 @@ def test_ablations_differ_in_the_objective_alone(algorithm):
   for stage, other in zip(online, others):
     assert (stage.objective == other.objective) == (algorithm == "grpo")
     assert stage.optimizer == other.optimizer and stage.sampling == other.sampling
+
+
+def test_supervised_ablations_differ_in_the_objective_alone():
+  together = sft_instructions.objectives()
+  first, *stages = together.stages
+  assert len({stage.objective for stage in stages}) == len(stages) == 5
+  for name in ("psft", "psft_clipped", "dft", "label_smoothed"):
+    alone = getattr(sft_instructions, name)()
+    assert plain(alone.stages[0]) == plain(first) and len(alone.stages) == 2
+    assert plain(alone.stages[1]) == plain(next(s for s in stages if s.name == name))
+  nll = stages[0]
+  for stage in stages:
+    same = dataclasses.replace(stage, name=nll.name, objective=nll.objective)
+    assert plain(same) == plain(nll) and stage.start == "sft"
 
 
 def test_an_unknown_algorithm_is_named():
