@@ -208,23 +208,25 @@ def config(
   )
 
 
-def single(*, evaluate_on: Part = "held_out", seed: int = 0) -> Experiment:
+def single(*, path: str = PAIRS, evaluate_on: Part = "held_out", seed: int = 0) -> Experiment:
   """One head, every pair weighed alike.
 
   Args:
+    path: rows with `chosen` and `rejected` transcripts.
     evaluate_on: "held_out" or "validation".
     seed: of initialisation and data order.
   """
-  base = config(members=1, bootstrap=False, evaluate_on=evaluate_on, seed=seed)
+  base = config(members=1, bootstrap=False, path=path, evaluate_on=evaluate_on, seed=seed)
   return dataclasses.replace(base, name="rm_hh_single")
 
 
-def centered(*, evaluate_on: Part = "held_out", seed: int = 0) -> Experiment:
+def centered(*, path: str = PAIRS, evaluate_on: Part = "held_out", seed: int = 0) -> Experiment:
   """Rewards drawn towards 0, as TRL recommends with this coefficient.
 
   Args:
+    path: rows with `chosen` and `rejected` transcripts.
     evaluate_on: "held_out" or "validation".
     seed: of initialisation and data order.
   """
-  base = config(center=0.01, evaluate_on=evaluate_on, seed=seed)
+  base = config(center=0.01, path=path, evaluate_on=evaluate_on, seed=seed)
   return dataclasses.replace(base, name="rm_hh_centered")
