@@ -4,7 +4,28 @@
   python -m launch.local experiments.rm_hh:single
   python -m launch.local experiments.rm_hh:centered
 
-DOCSTRING
+2303 rows are one conversation with two answers at its end, the less harmful one chosen. They are
+split by a hash of the opening question, so no conversation of one side begins like one of another:
+1138 rows to train on, 470 for validation, 695 held out. Options lie between two learning
+rates and two lengths tried on the validation rows; then those are trained on too, and the held-out
+rows say how good it is. A decoder of 0.5 M parameters on byte pairs learned from the training rows first imitates the
+chosen transcripts; then three heads on its trunk, each with bootstrap weights of its own, learn
+from the two answers behind the last question.
+
+Seen on 2 CPU cores beside other jobs (2 to 3 minutes a run where they left room), 687 held-out
+pairs (8 are longer than a row), 95 % interval:
+
+  experiment   accuracy                 AUC    ECE    where the chosen answer is shorter, and not
+  seed 0       0.587 (0.549 to 0.623)   0.574  0.028  0.681  0.467
+  seed 1       0.594 (0.557 to 0.630)   0.581  0.029  0.775  0.365
+  seed 2       0.611 (0.574 to 0.647)   0.590  0.049  0.768  0.414
+  single       0.604 (0.567 to 0.640)   0.583  0.049  0.695  0.490
+  centered     0.590 (0.552 to 0.626)   0.579  0.013  0.700  0.451
+
+So it beats chance. "The shorter answer" alone is right in 0.560 (0.522 to 0.596) of the same pairs,
+and what is learned is in good part that: the gain over this rule, pair by pair, is beyond its 95 %
+interval for seed 2 only. A head that is not trained can be far from 0.5 too (0.584, 0.512 and 0.541
+for the three seeds, 0.470 on the validation rows): a random direction that tells lengths apart.
 """
 
 import dataclasses
