@@ -6,11 +6,11 @@
 
 2303 rows are one conversation with two answers at its end, the less harmful one chosen. They are
 split by a hash of the opening question, so no conversation of one side begins like one of another:
-1138 rows to train on, 470 for validation, 695 held out. Options lie between two learning
-rates and two lengths tried on the validation rows; then those are trained on too, and the held-out
-rows say how good it is. A decoder of 0.5 M parameters on byte pairs learned from the training rows first imitates the
-chosen transcripts; then three heads on its trunk, each with bootstrap weights of its own, learn
-from the two answers behind the last question.
+1138 rows to train on, 470 for validation, 695 held out. Options lie between two learning rates and
+two lengths tried on the validation rows; then those are trained on too, and the held-out rows say
+how good it is. A decoder of 0.5 M parameters on byte pairs learned from the training rows first
+imitates the chosen transcripts; then three heads on its trunk, each with bootstrap weights of its
+own, learn from the two answers behind the last question.
 
 Seen on 2 CPU cores beside other jobs (2 to 3 minutes a run where they left room), 687 held-out
 pairs (8 are longer than a row), 95 % interval:
