@@ -56,15 +56,16 @@ PRETRAIN = {"vapo": 5}  # steps in which only the critic learns
 
 def config(
   *,
-  algorithm: Algorithm = "grpo",
+  algorithm: Algorithm,
   initial: str | None = None,
   sft_steps: int = 400,
-  steps: int = 40,
+  steps: int = 25,
   lr: float = 1e-4,
   critic_lr: float = 5e-4,
   prompts: int = 24,
   group_size: int = 8,
   minibatches: int = 2,
+  evaluate_every: int = 0,
   seed: int = 0,
 ) -> Experiment:
   """A cold start (or the one that another run left), then the chosen algorithm.
@@ -79,6 +80,7 @@ def config(
     prompts: problems per step.
     group_size: completions per problem.
     minibatches: updates per step.
+    evaluate_every: steps between held-out evaluations; 0: only at the end.
     seed: of initialisation, data order and sampling.
   """
   if algorithm not in PRESETS:
@@ -99,7 +101,7 @@ def config(
   if chosen.has_critic:
     critic = critic_of(critic_lr, steps, minibatches, pretrain=PRETRAIN.get(algorithm, 0))
   policy = dataclasses.replace(
-    stages[-1], name="rl", objective=chosen, critic=critic, evaluate_every=0
+    stages[-1], name="rl", objective=chosen, critic=critic, evaluate_every=evaluate_every
   )
   before = stages[:-1] if initial is None else ()
   return dataclasses.replace(
@@ -114,7 +116,7 @@ def cold_start(*, sft_steps: int = 400, seed: int = 0) -> Experiment:
     sft_steps: updates.
     seed: of initialisation, data order and sampling.
   """
-  base = config(sft_steps=sft_steps, seed=seed)
+  base = config(algorithm="grpo", sft_steps=sft_steps, seed=seed)
   return dataclasses.replace(base, name="arithmetic_cold_start", stages=base.stages[:-1])
 
 

@@ -31,7 +31,7 @@ def config(
   algorithm: Algorithm = "dpo",
   initial: str | None = None,
   sft_steps: int = 400,
-  steps: int = 30,
+  steps: int = 25,
   lr: float = 1e-4,
   beta: float = 0.1,
   prompts: int = 24,
@@ -59,7 +59,7 @@ def config(
   """
   if algorithm not in OBJECTIVES:
     raise ValueError(f"algorithm: expected one of {', '.join(OBJECTIVES)}, found {algorithm!r}")
-  base = arithmetic.config(initial=initial, sft_steps=sft_steps, seed=seed)
+  base = arithmetic.config(algorithm="grpo", initial=initial, sft_steps=sft_steps, seed=seed)
   *before, online = base.stages
   assert isinstance(online, Online)
   updates = steps * minibatches

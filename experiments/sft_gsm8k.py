@@ -23,6 +23,7 @@ from pt_jax.data.messages import Message
 from pt_jax.data.pipeline import Layout
 from pt_jax.data.tokenizers import load_tokenizer
 from pt_jax.experiment import Experiment, Supervised
+from pt_jax.losses import supervised
 from pt_jax.losses.reduce import Reduction
 from pt_jax.steps.optimizer import AdamW
 
@@ -91,7 +92,7 @@ def config(
     ),
     layout=Layout(batch_size, row_length, too_long="drop"),
     optimizer=AdamW(lr, steps=steps, warmup=steps // 10, weight_decay=0.01),
-    reduction=reduction,
+    objective=dataclasses.replace(supervised.sft(), reduction=reduction),
     microbatches=microbatches,
     evaluate_every=max(1, steps // 2),
     checkpoint_every=max(1, steps // 2),

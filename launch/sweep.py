@@ -6,7 +6,7 @@ Every argument may have several values; the grid is all their combinations. The 
 launch.local: one after the other, each in a process of its own, so one that fails does not stop the
 others, and the same command goes on where it was stopped. The comparison is runs/NAME/report.md,
 and TensorBoard on runs/NAME, its HPARAMS tab. What is compared are the figures of the last stage;
---compare STAGE/METRIC... chooses others.
+--compare STAGE/METRIC... chooses others. Tokens sampled and seconds are told beside them.
 """
 
 import itertools
@@ -17,7 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import local
-from pt_jax.loops.report import REPORT, read_curves, write_comparison
+from pt_jax.loops.comparison import write_comparison
+from pt_jax.loops.report import REPORT, read_curves
+
+ONLINE = ("eval/pass@1", "eval/greedy", "reward/correct", "length/mean", "policy/entropy")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,10 +96,13 @@ def grid(options: dict[str, list[str]]) -> list[list[str]]:
 
 
 def default_metrics(folder: Path) -> list[str]:
-  """The held-out figures that the last stage of a run logged, as STAGE/METRIC."""
+  """What to compare, as STAGE/METRIC: of the last stage of a run the learning curves and held-out
+  scores of RL, else its held-out figures, else its loss."""
   stage, curves = list(read_curves(folder).items())[-1]
+  rl = [name for name in ONLINE if name in curves]
   held_out = [name for name in curves if name.startswith("eval/")]
-  return [f"{stage}/{name}" for name in held_out or ["loss"]]
+  chosen = rl if "eval/pass@1" in rl else held_out or ["loss"]
+  return [f"{stage}/{name}" for name in chosen]
 
 
 def _folder(command: local.Command) -> Path:

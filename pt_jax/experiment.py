@@ -8,24 +8,32 @@ another run.
 
 import dataclasses
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
 
-from pt_jax.data.groups import Group
-from pt_jax.data.mixtures import Mixture
-from pt_jax.data.packing import Example
-from pt_jax.data.pipeline import EXAMPLES, GROUPS, Form, Layout
-from pt_jax.data.sources import Source
-from pt_jax.data.tasks import Problem, Task
+from pt_jax.data.pipeline import Layout
 from pt_jax.data.tokenizers import Tokenizer
 from pt_jax.losses.objective import Objective
 from pt_jax.losses.preference_objective import PreferenceObjective
-from pt_jax.losses.reduce import Reduction
 from pt_jax.losses.reward import RewardObjective
+from pt_jax.losses.supervised import SupervisedObjective, sft
 from pt_jax.models.config import ModelConfig
+from pt_jax.parts import (
+  ComparisonData,
+  Critic,
+  Curriculum,
+  EarlyStop,
+  Mix,
+  ModelReward,
+  OfflineData,
+  PassRate,
+  Problems,
+  Steps,
+  SupervisedData,
+  ValueHead,
+)
 from pt_jax.rewards.judges import Judge
 from pt_jax.rewards.stack import RewardStack
-from pt_jax.rewards.verifiers import Completion
 from pt_jax.rollout.rollouts import SamplingParams
 from pt_jax.steps.optimizer import AdamW
 
@@ -38,49 +46,6 @@ class MeshShape:
   context: int = 1
   expert: int = 1
   tensor: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class SupervisedData:
-  """What a supervised stage trains on, made from the tokenizer by the stage's `data` function."""
-
-  form: ClassVar[Form] = EXAMPLES
-  train: Mixture
-  held_out: Source
-  encode: Callable[[Mapping[str, Any]], Example]  # one row to its tokens and target mask
-  prompts: Sequence[Sequence[int]] = ()  # encoded prompts that periodic samples answer
-
-
-@dataclasses.dataclass(frozen=True)
-class ComparisonData:
-  """What a stage that compares completions trains on, made by the stage's `data` function."""
-
-  form: ClassVar[Form] = GROUPS
-  train: Mixture
-  held_out: Source
-  encode: Callable[[Mapping[str, Any]], Group]  # one row to the completions that it compares
-  prompts: Sequence[Sequence[int]] = ()  # encoded prompts that periodic samples answer
-  slice: Callable[[Mapping[str, Any]], str] | None = None  # held-out figures are given by it, too
-
-
-OfflineData = SupervisedData | ComparisonData
-
-
-@dataclasses.dataclass(frozen=True)
-class EarlyStop:
-  """Ends a stage when a logged metric has been out of bounds for `patience` loggings in a row."""
-
-  metric: str  # e.g. "eval/nats_per_token", "loss/entropy", "samples/template_leakage"
-  above: float | None = None  # out of bounds over this
-  below: float | None = None  # out of bounds under this
-  rises: bool = False  # out of bounds when higher than the lowest value so far
-  patience: int = 1
-
-  def __post_init__(self):
-    if (self.above is None) and (self.below is None) and not self.rises:
-      raise ValueError(f"early stop on {self.metric}: give above, below or rises")
-    if self.patience < 1:
-      raise ValueError(f"early stop on {self.metric}: patience must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +81,7 @@ class Supervised(Offline):
   """Supervised fine-tuning."""
 
   data: Callable[[Tokenizer], SupervisedData]
-  reduction: Reduction = "token_mean"
+  objective: SupervisedObjective = dataclasses.field(default_factory=sft)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,113 +134,6 @@ class Preference(Offline):
 
 
 @dataclasses.dataclass(frozen=True)
-class Problems:
-  """Problems that are trained on and problems that are not, and how one becomes a prompt."""
-
-  train: Task
-  held_out: Task
-  encode: Callable[[Problem], Sequence[int]]
-  levels: Sequence[Task] = ()  # ever more difficult ones: what a curriculum trains on, not `train`
-
-
-@dataclasses.dataclass(frozen=True)
-class Curriculum:
-  """Trains on the level of `Problems.levels` whose solve rate lies in a band.
-
-  The solve rate is the mean score of the component "correct" over the latest problems of the level.
-  """
-
-  low: float = 0.3  # under it the level goes down
-  high: float = 0.8  # over it the level goes up
-  first: int = 0  # level to begin with
-  window: int = 64  # problems, the latest of the level: so many are seen before it moves
-  patience: int = 1  # steps in a row that the rate is out of the band
-  below: float = 0.0  # share of the problems taken from the level below, where there is one
-  above: float = 0.0  # share taken from the level above
-
-  def __post_init__(self):
-    if not 0 <= self.low < self.high <= 1:
-      raise ValueError(
-        f"curriculum: expected 0 <= low < high <= 1, found low {self.low}, high {self.high}"
-      )
-    if self.below < 0 or self.above < 0 or self.below + self.above >= 1:
-      raise ValueError(
-        "curriculum: expected shares below and above of at least 0 and less than 1 together, found "
-        f"{self.below} and {self.above}"
-      )
-    for field, least in (("first", 0), ("window", 1), ("patience", 1)):
-      if getattr(self, field) < least:
-        raise ValueError(
-          f"curriculum: {field}: expected at least {least}, found {getattr(self, field)}"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class PassRate:
-  """Before training, every problem is answered `samples` times by the policy that the stage starts
-  from; those whose share of right answers is outside low..high are not trained on."""
-
-  low: float = 0.1
-  high: float = 0.9
-  samples: int = 8  # completions of a problem
-  problems: int | None = None  # tried, chosen at random; the rest is not trained on. None: all
-
-  def __post_init__(self):
-    if not 0 <= self.low <= self.high <= 1:
-      raise ValueError(
-        f"pass_rate: expected 0 <= low <= high <= 1, found low {self.low}, high {self.high}"
-      )
-    for field in ("samples", "problems"):
-      if (value := getattr(self, field)) is not None and value < 1:
-        raise ValueError(f"pass_rate: {field}: expected at least 1, found {value}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Critic:
-  """A value network of its own, for objectives with `Gae`."""
-
-  optimizer: AdamW  # its `steps` counts updates: (pretrain + steps) * epochs * minibatches
-  start: str | None = None  # the `Reward` stage it starts from; None: the policy, with a new head
-  epochs: int = 1  # passes over the rollouts of a step
-  clip: float | None = 0.5  # how far a value may move from the old one; None: no clip
-  pretrain: int = 0  # steps before the first update of the policy (VAPO)
-
-  def __post_init__(self):
-    for field, least in (("epochs", 1), ("pretrain", 0)):
-      if getattr(self, field) < least:
-        raise ValueError(f"critic.{field}: expected at least {least}, found {getattr(self, field)}")
-    if self.clip is not None and self.clip <= 0:
-      raise ValueError(f"critic.clip: expected a number > 0 or None, found {self.clip}")
-
-
-@dataclasses.dataclass(frozen=True)
-class ValueHead:
-  """A value head on the policy itself: one network, one optimizer, one update for both."""
-
-  coefficient: float = 0.5  # of the value loss in the policy's
-  clip: float | None = 0.5  # how far a value may move from the old one; None: no clip
-
-  def __post_init__(self):
-    if self.coefficient <= 0:
-      raise ValueError(f"critic.coefficient: expected a number > 0, found {self.coefficient}")
-    if self.clip is not None and self.clip <= 0:
-      raise ValueError(f"critic.clip: expected a number > 0 or None, found {self.clip}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Steps:
-  """What the steps of a completion are, and what one is worth."""
-
-  mark: str = "\n"  # a token whose text holds it ends a step; the last token ends one too
-  # (completion, texts of its steps) -> a reward for each; read by `Objective.process`
-  rewards: Callable[[Completion, Sequence[str]], Sequence[float]] | None = None
-
-  def __post_init__(self):
-    if not self.mark:
-      raise ValueError("steps.mark: expected some text, found none")
-
-
-@dataclasses.dataclass(frozen=True)
 class Online:
   """Reinforcement learning from rewards. A step is one batch of fresh rollouts."""
 
@@ -296,6 +154,8 @@ class Online:
   stop_kl: float | None = None  # no further epoch of a step once policy/approx_kl is over this
   critic: Critic | ValueHead | None = None  # for objectives with `Gae`
   steps_of: Steps | None = None  # for objectives with `process` or `MonteCarlo`
+  reward_model: ModelReward | None = None  # beside `rewards`
+  mix: Mix | None = None  # pairs that are trained on in every update
   slots: int = 64  # completions decoded at once
   resample_limit: int = 4  # dynamic sampling: times that a step draws prompts, at most
   evaluate_every: int = 0  # held-out pass@1; 0: only at the end
@@ -350,8 +210,16 @@ class Online:
         raise ValueError(
           f"stage {self.name}: {field}: expected {expected}, found {getattr(self, field)}"
         )
-    if o.process is not None and (self.steps_of is None or self.steps_of.rewards is None):
-      raise ValueError(f"stage {self.name}: steps_of.rewards: objective.process needs it")
+    judged = self.reward_model is not None and self.reward_model.process
+    given = self.steps_of is not None and self.steps_of.rewards is not None
+    if o.process is not None and given == judged:
+      found = "both" if given else "neither"
+      raise ValueError(
+        f"stage {self.name}: objective.process: expected steps_of.rewards or a reward model of "
+        f"steps, found {found}"
+      )
+    if judged and o.process is None:
+      raise ValueError(f"stage {self.name}: reward_model.process: the objective has no process")
     if self.stop_kl is not None and (self.epochs == 1 or self.stop_kl <= 0):
       raise ValueError(
         f"stage {self.name}: stop_kl: expected a number > 0 and several epochs, found "
@@ -360,19 +228,6 @@ class Online:
 
 
 Pairing = Literal["best_worst", "random", "all"]
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardModel:
-  """Scores by what a `Reward` stage of the same experiment left."""
-
-  stage: str
-  members: int = 1  # those of that stage
-  pessimism: float = 0.0  # stds over the members that are taken off their mean
-
-  def __post_init__(self):
-    if self.pessimism < 0:
-      raise ValueError(f"judge.pessimism: expected a number >= 0, found {self.pessimism}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,7 +250,7 @@ class OnlinePreference:
   group_size: int  # completions per prompt
   rows: int  # packed rows of one microbatch (all hosts); an update computes as many as it needs
   row_length: int  # also the longest pair: two times a prompt with its completion
-  judge: Judge | RewardModel | None = None  # scores the completions that are trained on
+  judge: Judge | ModelReward | None = None  # scores the completions that are trained on
   pairing: Pairing = "best_worst"  # or one random pair, or all pairs, with different scores
   threshold: float = 0.5  # for unpaired objectives: a completion that scores more is right
   refresh_every: int = 1  # steps whose completions are drawn from the same weights
@@ -427,6 +282,10 @@ class OnlinePreference:
     if self.pairing not in typing.get_args(Pairing):
       names = ", ".join(typing.get_args(Pairing))
       raise ValueError(f"{where}: pairing: expected one of {names}, found {self.pairing!r}")
+    if isinstance(self.judge, ModelReward) and (self.judge.process or self.judge.weight != 1):
+      raise ValueError(
+        f"{where}: judge: expected a model of outcomes with weight 1, found {self.judge}"
+      )
     if self.reference_every and not self.objective.reference:
       raise ValueError(
         f"{where}: reference_every: {self.objective.loss!r} without a reference does not read it, "
@@ -493,10 +352,50 @@ class Experiment:
           f"stage {stage.name}: start: expected a stage before it, one of {before}, found "
           f"{stage.start!r}"
         )
-      if isinstance(stage, OnlinePreference) and isinstance(judge := stage.judge, RewardModel):
-        left = [(s.name, s.members) for s in self.stages[:i] if isinstance(s, Reward)]
-        if (judge.stage, judge.members) not in left:
-          raise ValueError(
-            f"stage {stage.name}: judge: expected a reward stage before it and its members, one of "
-            f"{left}, found {(judge.stage, judge.members)}"
-          )
+      _check_inputs(stage, self.stages[:i])
+
+
+def _check_inputs(stage: Stage, before: Sequence[Stage]) -> None:
+  """Raises ValueError unless the reward models that a stage asks for are trained before it."""
+  models = {s.name: s.members for s in before if isinstance(s, Reward)}
+  wanted = []
+  if isinstance(stage, Online):
+    if isinstance(stage.critic, Critic) and stage.critic.start is not None:
+      wanted.append(("critic.start", stage.critic.start, 1))
+    if stage.reward_model is not None:
+      wanted.append(("reward_model", stage.reward_model.stage, stage.reward_model.members))
+  if isinstance(stage, OnlinePreference) and isinstance(stage.judge, ModelReward):
+    wanted.append(("judge", stage.judge.stage, stage.judge.members))
+  for field, name, members in wanted:
+    if models.get(name) != members:
+      raise ValueError(
+        f"stage {stage.name}: {field}: expected a Reward stage before it with {members} members, "
+        f"found {name!r} among {models}"
+      )
+
+
+__all__ = [
+  "ComparisonData",
+  "Critic",
+  "Curriculum",
+  "EarlyStop",
+  "Evaluate",
+  "Experiment",
+  "MeshShape",
+  "Mix",
+  "ModelReward",
+  "Offline",
+  "OfflineData",
+  "Online",
+  "OnlinePreference",
+  "Pairing",
+  "PassRate",
+  "Preference",
+  "Problems",
+  "Reward",
+  "Stage",
+  "Steps",
+  "Supervised",
+  "SupervisedData",
+  "ValueHead",
+]

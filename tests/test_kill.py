@@ -29,11 +29,13 @@ KILLS = 10
 CASES = {
   "supervised": ["tests.loops.tiny", "--steps", "60"],
   "online": ["tests.loops.letters", "--steps", "60"],
+  "ppo": ["tests.loops.letters:ppo", "--steps", "40"],
   "online_preference": ["tests.loops.letters:online_preference", "--steps", "60"],
 }
 MODELS = {
   "supervised": tiny.MODEL,
   "online": letters.MODEL,
+  "ppo": letters.MODEL,
   "online_preference": letters.PAIR_MODEL,
 }
 

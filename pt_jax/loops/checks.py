@@ -19,6 +19,7 @@ from pt_jax.data.sources import Source, Subset
 from pt_jax.data.tasks import Problem
 from pt_jax.data.tokenizers import Tokenizer
 from pt_jax.experiment import (
+  Critic,
   EarlyStop,
   Evaluate,
   Offline,
@@ -28,6 +29,7 @@ from pt_jax.experiment import (
   Problems,
   Reward,
   Stage,
+  Supervised,
 )
 from pt_jax.loops import preference, reward_model, supervised
 from pt_jax.loops.context import in_stage
@@ -73,7 +75,25 @@ def check_stage(
       if isinstance(stage, Online | OnlinePreference):
         stage.optimizer.transform(table)
         _check_rows(stage.rows, stage.row_length, config, mesh)
+      if isinstance(stage, Online):
+        _check_online(stage, config, tokenizer, mesh)
       _check_problems(stage, tokenizer, config, mesh)
+
+
+def _check_online(
+  stage: Online, config: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+) -> None:
+  """What the stage has besides a policy and its problems."""
+  if isinstance(stage.critic, Critic):
+    stage.critic.optimizer.transform(heads.table(config))
+  if stage.mix is not None:
+    layout = stage.mix.layout
+    _check_rows(layout.batch_size, layout.row_length, config, mesh)
+    data = preference.checked(stage.mix.data(tokenizer))
+    check = functools.partial(preference.check_kind, objective=stage.mix.objective, held_out=False)
+    for source in data.train.sources.values():
+      _check_first_row(source, data.encode, layout, data.form)
+      _check_comparison(source, data.encode, check)
 
 
 def _check_offline(
@@ -108,7 +128,9 @@ def _logged(stage: Offline) -> set[str]:
   if isinstance(stage, Preference):
     step, evaluation = preference.metric_names(stage.objective)
   else:
-    step, evaluation = supervised.METRICS, supervised.EVALUATION_METRICS
+    assert isinstance(stage, Supervised)
+    step = supervised.step_metrics(stage.objective)
+    evaluation = supervised.evaluation_metrics(stage.objective)
   return {*step, *evaluation, *(SAMPLE_METRICS if stage.sample_every else ())}
 
 

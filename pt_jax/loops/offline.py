@@ -188,7 +188,7 @@ class _Loop:
   def _evaluate(self) -> None:
     """The figures of all held-out rows."""
     sums, outputs = self._held_out()
-    means = {name: value.mean().item() for name, value in jax.device_get(sums).items()}
+    means = {name: value.mean().item() for name, value in sums.items()}
     metrics = self.training.figures(means, outputs)
     check_finite(metrics, self.done)
     self.evaluated = {"step": self.done, "metrics": metrics}
@@ -209,15 +209,16 @@ class _Loop:
         self.data.held_out, self.data.encode, layout, host=self.host, form=self.data.form
       )
     )
-    sums: dict[str, Sum] | None = None
-    kept: list[tuple[np.ndarray, Evaluation]] = []
+    parts: list[tuple[np.ndarray, Evaluation]] = []
     for batch in batches:
       part = self.training.evaluate(self.state, global_batch(batch, mesh))
-      sums = part.sums if sums is None else {name: sums[name] + part.sums[name] for name in sums}
-      if part.at is not None:
-        kept.append((batches.numbers, part))
-    assert sums is not None  # a source has at least one row
-    return sums, _in_order(kept)
+      parts[-1:] = jax.device_get(parts[-1:])  # what was dispatched before: one waits, not many
+      parts.append((batches.numbers, part))
+    parts = jax.device_get(parts)
+    sums = parts[0][1].sums  # a source has at least one row
+    for _, part in parts[1:]:
+      sums = {name: sums[name] + part.sums[name] for name in sums}
+    return sums, _in_order(parts)
 
   def _sample(self) -> None:
     """Completions of the data's prompts, and what they say about diversity and leakage."""
@@ -297,15 +298,16 @@ def due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def _in_order(kept: list[tuple[np.ndarray, Evaluation]]) -> Outputs:
+def _in_order(parts: list[tuple[np.ndarray, Evaluation]]) -> Outputs:
   """The kept positions of all batches, sorted by held-out row."""
   rows: list[np.ndarray] = []
   values: dict[str, list[np.ndarray]] = {}
-  for numbers, part in kept:
-    at, outputs = jax.device_get((part.at, dict(part.outputs)))
-    rows.append(numbers[at])
-    for name, output in outputs.items():
-      values.setdefault(name, []).append(output[at])
+  for numbers, part in parts:
+    if part.at is None:
+      continue
+    rows.append(numbers[part.at])
+    for name, output in part.outputs.items():
+      values.setdefault(name, []).append(np.asarray(output)[part.at])
   if not rows:
     return Outputs(np.zeros(0, np.int64), {})
   found = np.concatenate(rows)

@@ -30,6 +30,8 @@ from pt_jax.loops.critic import (
   whole,
 )
 from pt_jax.loops.evaluation import evaluate, held_out_problems, new_engine
+from pt_jax.loops.mixing import MixedPairs
+from pt_jax.loops.model_rewards import RewardModel
 from pt_jax.loops.progress import Progress
 from pt_jax.loops.rollouts import (
   CORRECT,
@@ -95,6 +97,10 @@ class _Loop:
     self.kl_coefficient = kl.coefficient if kl is not None else 0.0
     self.tokens = 0  # sampled so far
     self.critic = CriticLoop(stage.critic, context) if isinstance(stage.critic, Critic) else None
+    self.mixed = MixedPairs(stage.mix, context) if stage.mix is not None else None
+    self.reward_model = None
+    if stage.reward_model is not None:
+      self.reward_model = RewardModel(stage.reward_model, context, stage.rows, stage.row_length)
     self.start = self._start()
     length = stage.row_length
     if isinstance(stage.objective.advantage, MonteCarlo):
@@ -136,6 +142,8 @@ class _Loop:
     if self.critic is not None:
       self.critic.state = saved.state["critic"]
     self.prompts.set_state(saved.host["prompts"])
+    if self.mixed is not None:
+      self.mixed.set_state(saved.host["mixed"])
     self.kl_coefficient, self.tokens = saved.host["kl_coefficient"], saved.host["tokens"]
     return saved.step
 
@@ -150,6 +158,7 @@ class _Loop:
       updater=self.updater,
       objective=stage.objective,
       first_update=self._one_update,
+      mixed=None if stage.mix is None else (stage.mix.objective, stage.mix.weight),
       **of_head,
       **shared,
     )
@@ -194,6 +203,7 @@ class _Loop:
       "prompts": self.prompts.state(),
       "kl_coefficient": self.kl_coefficient,
       "tokens": self.tokens,
+      "mixed": self.mixed.state() if self.mixed is not None else None,
     }
     self.context.stage.save(done, _tree(self.state, critic), host)
 
@@ -205,7 +215,7 @@ class _Loop:
 
   def _judge(self, problems: list[Problem], key: jax.Array, **options: Any) -> Judged:
     sampling = options.pop("sampling", self.stage.sampling)
-    return generate_and_judge(
+    judged = generate_and_judge(
       self.engine,
       problems,
       self.task,
@@ -215,6 +225,7 @@ class _Loop:
       key=key,
       **options,
     )
+    return judged if self.reward_model is None else self.reward_model.judge(judged)
 
   def _rollouts(self, step: int) -> tuple[Judged, dict[str, float]]:
     """The completions of one step: `prompts` groups. Where the objective drops groups, more are
@@ -327,8 +338,11 @@ class _Loop:
     tokenizer = self.context.tokenizer
     ends = episode.step_ends(judged, tokenizer, options.mark)
     if not isinstance(advantage, MonteCarlo):
-      assert options.rewards is not None  # see `Online`
-      rewards = episode.step_rewards(judged, ends, tokenizer, options.rewards)
+      if options.rewards is not None:
+        rewards = episode.step_rewards(judged, ends, tokenizer, options.rewards)
+      else:
+        assert self.reward_model is not None  # see `Online`
+        rewards = self.reward_model.step_rewards(judged, ends)
       return {"step_ends": ends, "step_rewards": rewards}
     values, tokens = episode.step_values(
       judged,
@@ -360,6 +374,8 @@ class _Loop:
     metrics: list[Metrics] = []
     for _ in range(stage.epochs):
       for i in order.permutation(len(batches)):
+        if self.mixed is not None:
+          given["pairs"] = self.mixed.take()
         self.state, measured = self._update(self.state, batches[i], **given)
         metrics.append(measured)
       if stage.stop_kl is not None:

@@ -4,7 +4,6 @@ The reference is what the stage starts from. Its log-probs are computed with eve
 and then read from the folder of the run.
 """
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from pt_jax.data.batch import ComparisonBatch
 from pt_jax.data.groups import Group
 from pt_jax.experiment import ComparisonData, Preference
-from pt_jax.loops import offline, reference
+from pt_jax.loops import offline, ranking, reference
 from pt_jax.loops.context import Context
 from pt_jax.loops.offline import Evaluation, Outputs, Training
 from pt_jax.loops.report import COLORS, Drawn
@@ -57,7 +56,8 @@ def metric_names(objective: PreferenceObjective) -> tuple[tuple[str, ...], tuple
   ):
     pairs |= {name} if there else set()
   step = {f"preference/{name}" for name in shared | single | pairs}
-  evaluation = {f"eval/{name}" for name in shared | pairs | {"loss", "ranking_accuracy"}}
+  figures = {"loss", "ranking_accuracy", "accuracy_low", "accuracy_high"}
+  evaluation = {f"eval/{name}" for name in shared | pairs | figures}
   return (*offline.METRICS, *sorted(step)), tuple(sorted(evaluation))
 
 
@@ -69,17 +69,12 @@ def run_preference(stage: Preference, context: Context) -> tuple[Params, dict[st
     data = _with_cached(stage, data, context)
   step = compiled_step(context.config, stage.optimizer, context.layout, stage.objective)
   evaluate = compiled_evaluation(context.config, stage.objective)
-  many, one = compiled_scores(context.config)
-
-  def scored(batch: Any, score: Any) -> ComparisonBatch:
-    """The batch with its log-probs under the reference, where no cache has given them."""
-    return batch.replace(reference_logprobs=score(context.params, batch)) if online else batch
-
+  policy = context.params if online else None
   training = Training(
     context=context,
     updater=PreferenceUpdater(Updater(stage.optimizer, context.table, context.layout)),
-    update=lambda state, batch: step(state, scored(batch, many)),
-    evaluate=lambda state, batch: evaluate(state, scored(batch, one)),
+    update=lambda state, batch: step(state, batch, policy),
+    evaluate=lambda state, batch: evaluate(state, batch, policy),
     figures=functools.partial(_figures, held_out_slices(data)),
     shown={"loss": "loss", "accuracy": "preference/accuracy", "margin": "preference/margin"},
     derived=functools.partial(_derived, stage.objective),
@@ -92,12 +87,18 @@ def run_preference(stage: Preference, context: Context) -> tuple[Params, dict[st
 def compiled_step(
   config: ModelConfig, optimizer: AdamW, layout: Layout, objective: PreferenceObjective
 ) -> Any:
-  """The jitted, donated (state, batch with leaves [A, B, S]) -> (state, metrics)."""
+  """The jitted, donated (state, batch [A, B, S], reference or None) -> (state, metrics).
+
+  One program scores and updates. Two of them in flight at a time on several CPU devices wait for
+  each other's threads.
+  """
   updater = Updater(optimizer, decoder.table(config), layout)
 
-  def step(state: PreferenceState, batch: ComparisonBatch) -> tuple[PreferenceState, Any]:
+  def step(
+    state: PreferenceState, batch: ComparisonBatch, reference: Params | None
+  ) -> tuple[PreferenceState, Any]:
     state, metrics = preference_step(
-      state, batch, config=config, updater=updater, objective=objective
+      state, batch, config=config, updater=updater, objective=objective, reference=reference
     )
     return state, metrics | offline.counted(batch)
 
@@ -105,18 +106,27 @@ def compiled_step(
 
 
 @functools.cache
-def compiled_scores(config: ModelConfig) -> tuple[Any, Any]:
-  """The jitted (params, batch) -> log-probs, for leaves [A, B, S] and for leaves [B, S]."""
-  many, one = (functools.partial(f, config=config) for f in (score, completion_logprobs))
-  return jax.jit(many), jax.jit(one)
+def compiled_score(config: ModelConfig) -> Any:
+  """The jitted (params, batch with leaves [B, S]) -> log-probs [B, S]."""
+  return jax.jit(functools.partial(completion_logprobs, config=config))
+
+
+@functools.cache
+def compiled_microbatch_scores(config: ModelConfig) -> Any:
+  """The jitted (params, batch with leaves [A, B, S]) -> log-probs [A, B, S]."""
+  return jax.jit(functools.partial(score, config=config))
 
 
 @functools.cache
 def compiled_evaluation(config: ModelConfig, objective: PreferenceObjective) -> Any:
-  """The jitted (state, batch with leaves [B, S]) -> Evaluation."""
+  """The jitted (state, batch with leaves [B, S], reference or None) -> Evaluation."""
 
-  def evaluate(state: PreferenceState, batch: ComparisonBatch) -> Evaluation:
-    found = preference_evaluate(state, batch, config=config, objective=objective)
+  def evaluate(
+    state: PreferenceState, batch: ComparisonBatch, reference: Params | None
+  ) -> Evaluation:
+    found = preference_evaluate(
+      state, batch, config=config, objective=objective, reference=reference
+    )
     everywhere = lambda x: jax.reshard(x, jax.P())  # on a pod, every host reads all of it
     return Evaluation(found[0], *jax.tree.map(everywhere, found[1:]))
 
@@ -179,7 +189,7 @@ def _with_cached(stage: Preference, data: ComparisonData, context: Context) -> C
   known = reference.cached(
     data,
     dataclasses.replace(stage.layout, batch_size=rows),
-    functools.partial(compiled_scores(context.config)[1], context.params),
+    functools.partial(compiled_score(context.config), context.params),
     context.stage.folder / REFERENCE / reference.params_hash(context.params),
     context.mesh,
   )
@@ -197,19 +207,27 @@ def _derived(objective: PreferenceObjective, metrics: dict[str, float]) -> dict[
 def _figures(
   slices: list[str] | None, means: dict[str, float], outputs: Outputs
 ) -> dict[str, float]:
-  """Means over all held-out pairs, and accuracy and margin of every slice, the least first."""
-  figures = {f"eval/{name}": value for name, value in means.items()}
-  if slices is None:
-    return figures
-  margins: dict[str, list[float]] = collections.defaultdict(list)
-  for row, margin in zip(outputs.rows, outputs.values["margin"]):
-    margins[slices[row]].append(float(margin))
-  for name in sorted(margins, key=lambda name: (np.mean(margins[name]), name)):
-    of_slice = np.array(margins[name])
-    figures[f"eval/slice/{name}/margin"] = float(of_slice.mean())
-    figures[f"eval/slice/{name}/accuracy"] = float((of_slice > 0).mean())
-    figures[f"eval/slice/{name}/pairs"] = float(len(of_slice))
-  return figures
+  """Of all held-out pairs: means, and the accuracy (a draw is half right) with its 95 % interval;
+  accuracy and mean margin of every slice, the least separated first."""
+  margins = outputs.values["margin"]
+  right = ranking.right_order(margins)
+  share = ranking.share(right)
+  figures = {
+    **means,
+    "accuracy": share.value,
+    "accuracy_low": share.low,
+    "accuracy_high": share.high,
+  }
+  if slices is not None:
+    names = np.array([slices[row] for row in outputs.rows])
+    mean = {name: float(margins[names == name].mean()) for name in np.unique(names).tolist()}
+    parts = ranking.by_slice(right, names.tolist())
+    for name in sorted(mean, key=lambda name: (mean[name], name)):
+      part = parts[name]
+      of_slice = {"margin": mean[name], "accuracy": part.value, "low": part.low, "high": part.high}
+      of_slice["count"] = float(part.count)
+      figures |= {f"slice/{name}/{what}": value for what, value in of_slice.items()}
+  return {f"eval/{name}": value for name, value in figures.items()}
 
 
 def draw(stage: str, outputs: Outputs) -> list[Drawn]:

@@ -1,4 +1,4 @@
-"""`report.md`: what a run did, in a table, pictures and samples. And several runs side by side.
+"""`report.md`: what a run did, in a table, pictures and samples.
 
 Everything is read from the run folder (metrics.jsonl, samples.jsonl, config.json), so a report can
 be written again at any time, of a run that was killed too. A picture shows the metrics whose names
@@ -10,7 +10,6 @@ import fnmatch
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +22,8 @@ from matplotlib.ticker import MaxNLocator
 from pt_jax.loops.diagnose import diagnose
 from pt_jax.loops.record import CONFIG, read_config
 from pt_jax.metrics import (
-  EVENTS,
   METRICS,
   SAMPLES,
-  AppendLog,
-  EventWriter,
   read_jsonl,
   samples_markdown,
 )
@@ -116,47 +112,7 @@ def write_report(
   parts += _samples(read_jsonl(folder / SAMPLES))
   config = [{"argument": k, "value": json.dumps(v)} for k, v in read_config(folder).items()]
   parts += ["## Configuration", markdown_table(config)]
-  return _write(folder / REPORT, parts)
-
-
-def write_comparison(
-  folder: str | os.PathLike[str],
-  title: str,
-  runs: Sequence[str | os.PathLike[str]],
-  metrics: Sequence[str],
-) -> Path:
-  """Writes a report that sets several runs side by side, and the columns of their HPARAMS tab.
-
-  Args:
-    folder: of the report; above those of the runs if TensorBoard is to show them together.
-    title: first line.
-    runs: run folders.
-    metrics: to compare, as STAGE/NAME.
-
-  Returns the path of the report. Raises ValueError on a metric that no run logged.
-  """
-  folder = Path(folder)
-  configs = {os.path.relpath(run, folder): read_config(run) for run in runs}
-  curves = {os.path.relpath(run, folder): _by_tag(read_curves(run)) for run in runs}
-  for tag in metrics:
-    if not any(tag in tags for tags in curves.values()):
-      raise ValueError(f"comparison: metric {tag!r}: expected at least one run to have logged it")
-  folder.mkdir(parents=True, exist_ok=True)
-  differing = differences(list(configs.values()))
-  rows = []
-  for run, config in configs.items():
-    last = {tag: float(curves[run][tag][1][-1]) if tag in curves[run] else None for tag in metrics}
-    rows.append({"run": run, **{field: config.get(field) for field in differing}, **last})
-  parts = [f"# {title}", "Metrics: their last logged value.", markdown_table(rows)]
-  for tag in metrics:
-    name = f"compare_{re.sub('[^A-Za-z0-9]+', '_', tag)}.png"
-    series = {run: tags[tag] for run, tags in curves.items() if tag in tags}
-    draw_comparison(tag, series).savefig(folder / name)
-    parts += [f"## {tag}", f"![{tag}]({name})"]
-  log = AppendLog(folder / EVENTS)
-  EventWriter(log).experiment(list(configs.values()), metrics)
-  log.close()
-  return _write(folder / REPORT, parts)
+  return write_parts(folder / REPORT, parts)
 
 
 def read_curves(folder: str | os.PathLike[str]) -> Curves:
@@ -171,14 +127,6 @@ def read_curves(folder: str | os.PathLike[str]) -> Curves:
     stage: {metric: (np.array(p)[:, 0], np.array(p)[:, 1]) for metric, p in metrics.items()}
     for stage, metrics in points.items()
   }
-
-
-def differences(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-  """The fields whose values differ between flat configs, or that some do not have."""
-  fields = dict.fromkeys(field for config in configs for field in config)
-  return [
-    f for f in fields if len({json.dumps(c.get(f, "absent"), sort_keys=True) for c in configs}) > 1
-  ]
 
 
 def markdown_table(rows: Sequence[Mapping[str, Cell]]) -> str:
@@ -203,8 +151,8 @@ def draw(picture: Picture, curves: Curves) -> Figure | None:
   figure.suptitle(picture.title, fontsize=12, fontweight="bold")
   grid = figure.subplots(1, len(panels), squeeze=False, sharey=picture.shared_y)
   for axes, (stage, metrics) in zip(grid[0], panels.items()):
-    _frame(axes, f"{stage} step", picture.unit)
-    (_areas if picture.stacked else _lines)(axes, _short_names(metrics))
+    frame(axes, f"{stage} step", picture.unit)
+    (_areas if picture.stacked else lines)(axes, _short_names(metrics))
   return figure
 
 
@@ -226,17 +174,7 @@ def _panels(picture: Picture, curves: Curves) -> Curves:
   return panels
 
 
-def draw_comparison(tag: str, series: Mapping[str, Series]) -> Figure:
-  """One metric, a line for each run."""
-  figure = Figure(figsize=(7, 4.4), dpi=120, layout="constrained")
-  figure.suptitle(tag, fontsize=12, fontweight="bold")
-  axes = figure.subplots()
-  _frame(axes, f"{tag.partition('/')[0]} step", tag.partition("/")[2])
-  _lines(axes, series)
-  return figure
-
-
-def _lines(axes: Axes, series: Mapping[str, Series]) -> None:
+def lines(axes: Axes, series: Mapping[str, Series]) -> None:
   if all(len(steps) == 1 for steps, _ in series.values()):
     at = np.concatenate([steps for steps, _ in series.values()])
     axes.set_xlim(at.min() - 1, at.max() + 1)
@@ -270,7 +208,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return (total[high] - total[low]) / (count[high] - count[low])
 
 
-def _frame(axes: Axes, x: str, y: str) -> None:
+def frame(axes: Axes, x: str, y: str) -> None:
   axes.set_xlabel(x)
   axes.set_ylabel(y)
   axes.grid(color="#dddddd", linewidth=0.6)
@@ -298,10 +236,6 @@ def _short_names(metrics: Mapping[str, Series]) -> dict[str, Series]:
   folders = {name.rpartition("/")[0] for name in metrics}
   shared = f"{min(folders)}/" if len(folders) == 1 and len(metrics) > 1 else ""
   return {name.removeprefix(shared): series for name, series in metrics.items()}
-
-
-def _by_tag(curves: Curves) -> dict[str, Series]:
-  return {f"{s}/{m}": series for s, metrics in curves.items() for m, series in metrics.items()}
 
 
 def _cell(value: Cell) -> str:
@@ -344,6 +278,6 @@ def _sample(row: dict[str, Any]) -> dict[str, Any]:
   return {name: cut(value) for name, value in row.items() if name not in ("stage", "step")}
 
 
-def _write(path: Path, parts: Sequence[str]) -> Path:
+def write_parts(path: Path, parts: Sequence[str]) -> Path:
   path.write_text("\n\n".join(part for part in parts if part) + "\n")
   return path

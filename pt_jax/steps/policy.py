@@ -1,6 +1,8 @@
 """The policy-gradient step of every `Objective`, and the scoring passes before it. Pure
 functions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +11,7 @@ from pt_jax.losses import reduce
 from pt_jax.losses.mismatch import logprob_gap
 from pt_jax.losses.objective import Objective
 from pt_jax.losses.policy import policy_loss
+from pt_jax.losses.preference_objective import PreferenceObjective
 from pt_jax.losses.reduce import Sum
 from pt_jax.losses.value import value_loss
 from pt_jax.models import decoder, heads
@@ -16,6 +19,7 @@ from pt_jax.models.config import ModelConfig
 from pt_jax.models.divergence import next_token_kl
 from pt_jax.models.logprobs import TokenStatistics, next_token_statistics
 from pt_jax.models.vocabulary import at_next_token
+from pt_jax.steps.preference import preference_objective
 from pt_jax.steps.state import Max, TrainState, Updater, filled, means, microbatch
 from pt_jax.weights import Params
 
@@ -153,9 +157,14 @@ def policy_step(
   kl_coefficient: jax.Array | None = None,
   value_coefficient: float = 0.0,
   value_clip: float | None = None,
+  pairs: ComparisonBatch | None = None,
+  mixed: tuple[PreferenceObjective, float] | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimizer update over A microbatches; batch leaves are [A, B, S]. See
   `policy_objective`. Microbatches behind the last one that holds a token are not computed.
+
+  With `pairs` and `mixed` = (objective, alpha), alpha times the preference loss of those pairs is
+  added: two losses, each divided by its own weight.
 
   The NLL of right completions is averaged over their own tokens. To divide once all the same, its
   total is scaled by the ratio of both weights of the whole batch.
@@ -178,9 +187,19 @@ def policy_step(
       value_clip=value_clip,
     )
 
-  grads, value, metrics = updater.accumulate(loss, state.params, batch, count)
-  state, optimizer_metrics = updater.apply(state, grads, value.weight)
-  return state, means(metrics) | {"loss": value.mean()} | optimizer_metrics
+  grads, value, sums = updater.accumulate(loss, state.params, batch, count)
+  metrics = means(sums) | {"loss": value.mean()}
+  weight = value.weight
+  if pairs is not None and mixed is not None:
+    preferred, alpha = mixed
+    of_pairs = functools.partial(preference_objective, config=config, objective=preferred)
+    more, other, sums = updater.accumulate(of_pairs, state.params, pairs, filled(pairs))
+    share = alpha * weight / other.weight  # so that one division by `weight` is left
+    grads = jax.tree.map(lambda a, b: a + share * b, grads, more)
+    metrics |= means(sums) | {"preference/loss": other.mean()}
+    metrics["loss"] += alpha * other.mean()
+  state, optimizer_metrics = updater.apply(state, grads, weight)
+  return state, metrics | optimizer_metrics
 
 
 def _positive_scale(batch: PolicyBatch, objective: Objective, count: jax.Array) -> jax.Array:

@@ -7,6 +7,8 @@ objectives a group is one completion, and for KTO another with a negative label 
 another prompt: those tell how far the policy has moved, and nothing else.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.struct
@@ -95,7 +97,7 @@ def comparison_loss(
     loss, metrics = _pairs(logprobs, batch, objective, baseline)
     sums = {}
   else:
-    own = _completions(logprobs, batch, batch.labels >= 0, objective)
+    (own,) = _completions(logprobs, batch, [batch.labels >= 0], objective)
     loss, metrics = unpaired_loss(own, batch.labels, objective=objective, baseline=baseline)
     right, change = metrics.pop("label"), metrics.pop("logprob_change")
     sums = {}
@@ -127,14 +129,20 @@ def preference_step(
   config: ModelConfig,
   updater: Updater,
   objective: PreferenceObjective,
+  reference: Params | None = None,
 ) -> tuple[PreferenceState, dict[str, jax.Array]]:
   """One optimizer update over A microbatches; batch leaves are [A, B, S].
+
+  With parameters of a `reference` the batch's `reference_logprobs` are computed, not read.
 
   KTO's baseline is the mean over the whole batch, computed before the gradients, so that it does
   not depend on the microbatches. Where the objective reads a running mean, it reads that of the
   updates before.
   """
   params, baseline = state.train.params, state.running
+  if reference is not None:
+    scores = score(reference, batch, config=config)
+    batch = dataclasses.replace(batch, reference_logprobs=scores)
   if objective.loss == "kto":
     baseline = kl_baseline(params, batch, config=config, objective=objective)
 
@@ -160,7 +168,7 @@ def kl_baseline(
   def one(i: jax.Array, seen: Sum) -> Sum:
     part = microbatch(batch, i)
     logprobs = completion_logprobs(params, part, config=config)
-    moved = _completions(logprobs, part, part.labels < 0, objective)
+    (moved,) = _completions(logprobs, part, [part.labels < 0], objective)
     assert moved.reference_logprobs is not None  # unpaired objectives have a reference
     difference = moved.logprobs - moved.reference_logprobs
     if objective.length_normalized:
@@ -188,8 +196,9 @@ def preference_evaluate(
   *,
   config: ModelConfig,
   objective: PreferenceObjective,
+  reference: Params | None = None,
 ) -> tuple[dict[str, Sum], jax.Array, dict[str, jax.Array]]:
-  """Figures of the pairs in one batch with leaves [B, S].
+  """Figures of the pairs in one batch with leaves [B, S]; `reference` as in `preference_step`.
 
   An unpaired objective is evaluated on pairs as well: their rewards are its own, their loss that of
   `sigmoid`. `ranking_accuracy` is the share of pairs whose chosen completion has the higher
@@ -203,10 +212,13 @@ def preference_evaluate(
     objective = PreferenceObjective(
       beta=objective.beta, length_normalized=objective.length_normalized
     )
+  if reference is not None:
+    scores = completion_logprobs(reference, batch, config=config)
+    batch = dataclasses.replace(batch, reference_logprobs=scores)
   logprobs = completion_logprobs(state.params, batch, config=config)
   loss, metrics = _pairs(logprobs, batch, objective, state.running)
   starts, weights = segment_starts(batch.group_ids), _weights(batch)
-  chosen, rejected = (_completions(logprobs, batch, side, objective) for side in _sides(batch))
+  chosen, rejected = _completions(logprobs, batch, _sides(batch), objective)
   higher = chosen.per_token(chosen.logprobs) > rejected.per_token(rejected.logprobs)
   metrics |= {"loss": loss, "ranking_accuracy": higher.astype(jnp.float32)}
   names = ("chosen_reward", "rejected_reward", "margin")
@@ -222,7 +234,7 @@ def _pairs(
   running: jax.Array | float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Loss and metrics [B, S] of the pair that each position belongs to."""
-  chosen, rejected = (_completions(logprobs, batch, side, objective) for side in _sides(batch))
+  chosen, rejected = _completions(logprobs, batch, _sides(batch), objective)
   loss, metrics = pair_loss(
     chosen, rejected, objective=objective, mean_margin=running, reward_shift=running
   )
@@ -231,20 +243,30 @@ def _pairs(
   return loss, metrics
 
 
-def _sides(batch: ComparisonBatch) -> tuple[jax.Array, jax.Array]:
-  """[B, S] bool, where the chosen and the rejected completions are."""
+def _sides(batch: ComparisonBatch) -> list[jax.Array]:
+  """[B, S] bool, where the chosen and where the rejected completions are."""
   chosen = batch.labels > 0.5
-  return chosen, ~chosen & (batch.labels >= 0)
+  return [chosen, ~chosen & (batch.labels >= 0)]
 
 
 def _completions(
-  logprobs: jax.Array, batch: ComparisonBatch, where: jax.Array, objective: PreferenceObjective
-) -> Completions:
-  """Sums over the tokens of a group that are in the mask and `where`, at each of its positions."""
-  mask = jnp.where(where, batch.mask, 0)
-  total = lambda x: segment_sum(jnp.where(mask > 0, x * mask, 0), batch.group_ids)
-  reference = total(batch.reference_logprobs) if objective.reference else None
-  return Completions(total(logprobs), segment_sum(mask, batch.group_ids), reference)
+  logprobs: jax.Array,
+  batch: ComparisonBatch,
+  sides: Sequence[jax.Array],
+  objective: PreferenceObjective,
+) -> list[Completions]:
+  """Sums over the tokens of a group that are in the mask and on one side, at each of its positions,
+  for every side [B, S] bool."""
+  values = []
+  for side in sides:
+    mask = jnp.where(side, batch.mask, 0)
+    held = lambda x, mask=mask: jnp.where(mask > 0, x * mask, 0)
+    values += [held(logprobs), mask]
+    values += [held(batch.reference_logprobs)] if objective.reference else []
+  # All in one pass: it is one loop to compile instead of one for each.
+  sums = list(jax.vmap(segment_sum, (0, None))(jnp.stack(values), batch.group_ids))
+  each = len(sums) // len(sides)
+  return [Completions(*sums[i : i + each]) for i in range(0, len(sums), each)]
 
 
 def _weights(batch: ComparisonBatch) -> jax.Array:

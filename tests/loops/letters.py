@@ -4,8 +4,9 @@ import dataclasses
 
 from pt_jax.data.tasks import Problem, Task
 from pt_jax.data.tokenizers import Tokenizer
-from pt_jax.experiment import Experiment, Online, OnlinePreference, Problems
+from pt_jax.experiment import Critic, Curriculum, Experiment, Online, OnlinePreference, Problems
 from pt_jax.losses import objective, preference_objective
+from pt_jax.losses.options import KlController
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
 from pt_jax.rewards.stack import Component, RewardStack
@@ -125,6 +126,38 @@ def config(*, steps: int = 40, seed: int = 0) -> Experiment:
     seed: of everything.
   """
   return experiment(stage(steps=steps, checkpoint_every=2), seed=seed)
+
+
+def levels(tokenizer: Tokenizer) -> Problems:
+  """The same words, and three levels of twenty of them."""
+  return dataclasses.replace(
+    problems(tokenizer), levels=tuple(Words(20, first=20 * i) for i in range(3))
+  )
+
+
+def ppo(*, steps: int = 40, seed: int = 0) -> Experiment:
+  """All that a checkpoint may have to hold: two networks, a KL controller, a curriculum, a critic
+  that is trained first, several passes and updates.
+
+  Args:
+    steps: of PPO.
+    seed: of everything.
+  """
+  controller = KlController(0.02)
+  kl = objective.Kl(0.05, "k1", where="reward", controller=controller)
+  critic = Critic(AdamW(0.03, steps=4 * (steps + 3)), epochs=2, pretrain=3)
+  stage_ = stage(
+    steps=steps,
+    epochs=2,
+    minibatches=2,
+    stop_kl=0.05,
+    problems=levels,
+    curriculum=Curriculum(low=0.3, high=0.6, window=4, above=0.25),
+    objective=dataclasses.replace(objective.ppo(), kl=kl),
+    critic=critic,
+    checkpoint_every=2,
+  )
+  return experiment(stage_, seed=seed)
 
 
 # A row holds a pair: two times a prompt of up to four letters and an answer of up to eight.

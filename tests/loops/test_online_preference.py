@@ -14,7 +14,7 @@ from pt_jax.data.mixtures import Mixture
 from pt_jax.data.packing import Example
 from pt_jax.data.pipeline import Layout
 from pt_jax.data.sources import MemorySource
-from pt_jax.experiment import ComparisonData, Reward, RewardModel
+from pt_jax.experiment import ComparisonData, ModelReward, Reward
 from pt_jax.loops import evaluation, online_preference, pipeline
 from pt_jax.losses import preference_objective as objectives
 from pt_jax.losses.reward import RewardObjective
@@ -236,7 +236,7 @@ def reward_stage():
 
 
 def test_a_reward_model_takes_the_place_of_the_rewards(tmp_path):
-  judge = RewardModel("rm")
+  judge = ModelReward("rm")
   stage = letters.preference_stage(steps=10, judge=judge, evaluate_every=0, checkpoint_every=0)
   finished = run(tmp_path, letters.experiment(reward_stage(), stage, model=letters.PAIR_MODEL))
   rows = [row for row in rows_of(finished) if row["stage"] == "preference"]
@@ -246,10 +246,8 @@ def test_a_reward_model_takes_the_place_of_the_rewards(tmp_path):
   assert np.mean([row["rollout/reward_agrees"] for row in rows]) > 0.7
   for changes in ({"stage": "other"}, {"members": 2}):
     other = dataclasses.replace(stage, judge=dataclasses.replace(judge, **changes))
-    with pytest.raises(ValueError, match=r"^stage preference: judge: expected a reward stage befo"):
+    with pytest.raises(ValueError, match=r"^stage preference: judge: expected a Reward stage befo"):
       letters.experiment(reward_stage(), other)
-  with pytest.raises(ValueError, match=r"^judge\.pessimism: expected a number >= 0, found -1"):
-    RewardModel("rm", pessimism=-1)
 
 
 def hopeless():
@@ -321,6 +319,8 @@ def test_stages_that_cannot_run(tmp_path, changes, message):
     ({"refresh_every": 0}, "refresh_every: expected at least 1, found 0"),
     ({"reference_every": -1}, "reference_every: expected at least 0, found -1"),
     ({"pairing": "worst"}, "pairing: expected one of best_worst, random, all, found 'worst'"),
+    ({"judge": ModelReward("rm", weight=2.0)},
+     "judge: expected a model of outcomes with weight 1, found ModelReward(stage='rm', weight=2.0"),
     ({"objective": objectives.simpo(), "reference_every": 2},
      "reference_every: 'sigmoid' without a reference does not read it, found 2"),
     ({"objective": objectives.kto(), "prompts": 1},

@@ -37,9 +37,11 @@ def test_it_learns_to_prefer(whole):
   held_out = rows_of(whole.folder, "eval/margin")
   assert [row["step"] for row in held_out] == [0, 6, 12]
   first, last = held_out[0], held_out[-1]
-  assert first["eval/margin"] == first["eval/accuracy"] == 0  # the policy is its reference
+  # The policy is its reference: every pair is a draw.
+  assert first["eval/margin"] == 0 and first["eval/accuracy"] == 0.5
   assert first["eval/loss"] == pytest.approx(np.log(2), rel=1e-6)
   assert last["eval/accuracy"] > 0.8 and last["eval/margin"] > 0.1
+  assert last["eval/accuracy_low"] > 0.5 and last["eval/accuracy_high"] <= 1
   assert last["eval/loss"] < first["eval/loss"]
   assert last["eval/margin"] == pytest.approx(
     last["eval/chosen_reward"] - last["eval/rejected_reward"], rel=1e-5
@@ -54,12 +56,12 @@ def test_slices_add_up_and_the_least_separated_is_first(whole):
   names = [name.split("/")[2] for name in results if name.endswith("/margin") and "slice" in name]
   by_slice = {
     what: np.array([results[f"eval/slice/{name}/{what}"] for name in names])
-    for what in ("margin", "accuracy", "pairs")
+    for what in ("margin", "accuracy", "count")
   }
   words = [row["word"] for row in tiny.words(20, 2)]
   assert sorted(names) == sorted({word[0] for word in words}) and len(names) > 2
   counts = [sum(word[0] == name for word in words) for name in names]
-  np.testing.assert_array_equal(by_slice["pairs"], counts)
+  np.testing.assert_array_equal(by_slice["count"], counts)
   assert (np.diff(by_slice["margin"]) >= 0).all()
   for what in ("margin", "accuracy"):
     mean = np.average(by_slice[what], weights=counts)
@@ -139,18 +141,16 @@ CACHED = functools.partial(pairs.stage, reference="cached")
 def scored(monkeypatch):
   """The batches whose reference log-probs were computed before the first update."""
   seen = []
-  real = preference.compiled_scores
+  real = preference.compiled_score
 
   def counting(config):
-    many, one = real(config)
-
     def counted(params, batch):
       seen.append(batch)
-      return one(params, batch)
+      return real(config)(params, batch)
 
-    return many, counted
+    return counted
 
-  monkeypatch.setattr(preference, "compiled_scores", counting)
+  monkeypatch.setattr(preference, "compiled_score", counting)
   return seen
 
 
@@ -189,7 +189,7 @@ def test_a_changed_row_or_other_weights_miss_the_cache(tmp_path, one_device):
     jax.jit(lambda key: decoder.init(key, tiny.MODEL, sharding.USE))(jax.random.key(seed))
     for seed in (0, 1)
   ]
-  one, calls = preference.compiled_scores(tiny.MODEL)[1], []
+  one, calls = preference.compiled_score(tiny.MODEL), []
 
   def cached(data, number):
     calls.clear()
@@ -363,6 +363,6 @@ def test_a_bad_pair_further_on_stops_the_run(tmp_path):
 
 
 def test_early_stop_on_held_out_accuracy(tmp_path, no_report):
-  rule = EarlyStop("eval/accuracy", above=0.5)
+  rule = EarlyStop("eval/accuracy", above=0.6)
   finished = run(tmp_path, pairs.experiment(pairs.stage(stop=(rule,))))
   assert finished.results["dpo"]["steps"] == 6

@@ -5,8 +5,6 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams import metadata
 
 from pt_jax.loops import report
 from pt_jax.loops.run import Run
@@ -99,8 +97,6 @@ def test_a_stage_that_only_evaluates_is_where_the_next_one_begins():
     "greedy": [[0, 0.5], [5, 0.6], [8, 0.9]],
   }
   assert figure.axes[2].get_xlim() == (-1, 1)
-  (axes,) = report.draw_comparison("a/b", {"x": point((3, 1.0)), "y": point((9, 2.0))}).axes
-  assert axes.get_xlim() == (2, 10)
 
 
 def test_running_mean():
@@ -111,34 +107,3 @@ def test_running_mean():
   window = np.array([noise[max(0, i - 20) : i + 21].mean() for i in range(600)])
   np.testing.assert_allclose(report.running_mean(noise), window, atol=1e-12)
   assert np.isnan(report.running_mean(np.full(3, np.nan))).all()
-
-
-def test_comparison(runs, tmp_path):
-  folder = runs[0].parent
-  path = report.write_comparison(folder, "Sweep", runs, ["grpo/reward", "sft/loss"])
-  text = path.read_text()
-  table = """
-| run | train.lr | train.warmup | grpo/reward | sft/loss |
-| --- | ---: | ---: | ---: | ---: |
-| a | 0.1 |  | 0.6 | 0.06 |
-| b | 0.2 |  | 0.6 | 0.06 |
-| c | 0.1 | 5 | 0.6 | 0.06 |
-"""
-  assert table in text
-  assert re.findall(r"!\[.*\]\((.*)\)", text) == ["compare_grpo_reward.png", "compare_sft_loss.png"]
-  events = EventAccumulator(str(folder)).Reload()
-  content = events.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
-  experiment = metadata.parse_experiment_plugin_data(content)
-  assert [info.name.tag for info in experiment.metric_infos] == ["grpo/reward", "sft/loss"]
-  assert [i.name for i in experiment.hparam_infos if i.differs] == ["train.lr", "train.warmup"]
-  with pytest.raises(ValueError, match="metric 'grpo/rewards': expected at least one run to have"):
-    report.write_comparison(tmp_path / "new", "Sweep", runs, ["grpo/rewards"])
-  assert not (tmp_path / "new").exists()
-
-
-def test_a_comparison_draws_a_line_for_each_run(runs):
-  series = {run.name: report.read_curves(run)["grpo"]["reward"] for run in runs}
-  (axes,) = report.draw_comparison("grpo/reward", series).axes
-  assert [line.get_label() for line in axes.get_lines()] == ["a", "b", "c"]
-  assert (axes.get_xlabel(), axes.get_ylabel()) == ("grpo step", "reward")
-  assert len({line.get_color() for line in axes.get_lines()}) == 3

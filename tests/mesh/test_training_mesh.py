@@ -41,7 +41,10 @@ CASES = [
   Case("grpo", CONTEXT, 1, 2, "packed"),
   Case("sft", CONTEXT, 3, 4, "packed"),
 ]
-OTHERS = [  # the rest of the policy step, and the critic's
+OTHERS = [  # the rest of the supervised and of the policy step, and the critic's
+  Case("psft", CONTEXT, 3, 2, "packed"),
+  Case("psft", TENSOR, 1, 1, "packed"),
+  Case("psft", BOTH, 3, 4, "unpacked"),
   Case("all", BOTH, 3, 2, "packed"),
   Case("all", CONTEXT, 1, 1, "unpacked"),
   Case("critic", CONTEXT, 3, 2, "packed"),
@@ -118,9 +121,11 @@ def as_names(part) -> tuple[str, ...]:
 
 def test_the_update_moves_and_the_kinds_differ():
   """What is compared above is not trivially equal."""
-  sft, grpo = (
-    training.update(Case(kind, (1, 1, 1, 1), 1, 1, "unpacked")) for kind in ("sft", "grpo")
+  sft, grpo, psft = (
+    training.update(Case(kind, (1, 1, 1, 1), 1, 1, "unpacked")) for kind in ("sft", "grpo", "psft")
   )
+  assert float(psft.metrics["loss/kl"]) > 0.01
+  assert largest_error(sft.state.optimizer[0].mu, psft.state.optimizer[0].mu) > 1e-2
   before = training.initial_params("grpo")
   for outcome in (sft, grpo):
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), outcome.state.params, before)

@@ -10,7 +10,8 @@ import numpy as np
 
 from pt_jax import sharding, weights
 from pt_jax.data.batch import Batch, PolicyBatch
-from pt_jax.losses import objective
+from pt_jax.losses import objective, supervised
+from pt_jax.losses.supervised import ReferenceKl, SupervisedObjective
 from pt_jax.models import decoder, heads
 from pt_jax.models.config import ModelConfig
 from pt_jax.steps.critic import value_step
@@ -40,6 +41,9 @@ SAMPLES = 64  # one a row: 64 rows; two a row: 32, which 8 devices and 4 microba
 # gradient.
 ADAM = AdamW(1e-2, steps=10, weight_decay=0.1, epsilon=1e-3, clip_norm=0.5)
 
+# The exact KL and label smoothing read the whole vocabulary, which a tensor axis splits.
+WEIGHED = SupervisedObjective(label_smoothing=0.1, kl=ReferenceKl(0.5), reduction="segment_mean")
+
 
 # Every option of the policy step at once: ratios of sequences, exact KL, entropy, NLL of right
 # completions, a correction of sequences, a value head.
@@ -58,7 +62,7 @@ EVERYTHING = objective.Objective(
 class Case(NamedTuple):
   """One way to run the update; the result must not depend on anything but `kind`."""
 
-  kind: str  # sft, grpo, all (of the policy step's options) or critic
+  kind: str  # sft, psft, grpo, all (of the policy step's options) or critic
   mesh: tuple[int, int, int, int]  # data, context, expert, tensor
   zero: int
   microbatches: int
@@ -119,7 +123,7 @@ def lay_out(per_row: int) -> dict[str, np.ndarray]:
 def make_batch(case: Case) -> Batch | PolicyBatch:
   """The samples as [A, B, S], laid out and split as the case says, on the mesh in context."""
   fields = lay_out(2 if case.layout == "packed" else 1)
-  kind = Batch if case.kind == "sft" else PolicyBatch
+  kind = Batch if case.kind in ("sft", "psft") else PolicyBatch
   batch = kind(**{k: fields[k] for k in kind.__dataclass_fields__})
   batch = jax.tree.map(lambda x: x.reshape(case.microbatches, -1, LENGTH), batch)
   return jax.device_put(batch, sharding.batch_spec(1))
@@ -154,7 +158,12 @@ def initial_params(kind: str) -> weights.Params:
 def make_step(kind: str) -> Callable[..., Any]:
   """(state, batch, config=, updater=) -> (state, metrics)."""
   if kind == "sft":
-    return functools.partial(sft_step, reduction="token_mean")
+    return functools.partial(sft_step, objective=supervised.sft())
+  if kind == "psft":
+    rng = np.random.default_rng(9)
+    near = lambda w: (w * (1 + 0.3 * rng.normal(size=w.shape))).astype(np.float32)
+    reference = jax.tree.map(near, initial_params("psft"))
+    return functools.partial(sft_step, objective=WEIGHED, reference=reference)
   if kind == "critic":
     return functools.partial(value_step, clip=0.2)
   policy = functools.partial(policy_step, temperature=0.8, first_update=False)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pt_jax.data.batch import Batch
+from pt_jax.losses.supervised import SupervisedObjective, sft
 from pt_jax.steps.supervised import sft_evaluate, sft_step
 from tests.steps import tiny
 
@@ -15,8 +16,9 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 @functools.cache
 def step(reduction):
+  objective = SupervisedObjective(reduction=reduction)
   return jax.jit(
-    functools.partial(sft_step, config=tiny.MODEL, updater=tiny.UPDATER, reduction=reduction)
+    functools.partial(sft_step, config=tiny.MODEL, updater=tiny.UPDATER, objective=objective)
   )
 
 
@@ -108,7 +110,7 @@ def test_a_nan_does_not_hide():
 
 def test_evaluation_adds_up():
   """Sums over two halves, divided once, are the means over the whole."""
-  evaluate = jax.jit(functools.partial(sft_evaluate, config=tiny.MODEL))
+  evaluate = jax.jit(functools.partial(sft_evaluate, config=tiny.MODEL, objective=sft()))
   whole = jax.tree.map(lambda x: x[0], tiny.batch(Batch))
   rows = lambda a, b: evaluate(tiny.params(), jax.tree.map(lambda x: x[a:b], whole))
   first, rest = rows(0, 2), rows(2, 8)
