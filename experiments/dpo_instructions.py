@@ -1,8 +1,16 @@
 """Preference optimisation of polite answers: SFT on the chosen ones, then DPO or another loss.
 
-python -m launch.local experiments.dpo_instructions
-python -m launch.local experiments.dpo_instructions:simpo
-python -m launch.local experiments.dpo_instructions:every_loss
+  python -m launch.local experiments.dpo_instructions
+  python -m launch.local experiments.dpo_instructions:simpo
+  python -m launch.local experiments.dpo_instructions:every_loss
+
+A byte-level decoder of 0.4 M parameters from scratch; 200 of 1094 pairs are held out. One CPU core,
+seed 0, beside other jobs, 1m55s of CPU time: from 0.5 (the policy is its own reference) the
+implicit accuracy on held-out pairs rises to 0.820, 95 % interval 0.761 to 0.867, with a mean margin
+of 2.20.
+Where the rejected answer was made rude it is 0.95, where the chosen one was made polite 0.67. The
+share of pairs whose chosen answer is the more likely one per byte goes from 0.795 to 0.845. Chosen
+answers lose 23.8 nats, rejected ones 45.9: likelihood is displaced, as DPO is known for.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""SFT step, decoding and a whole GRPO step, beside the peers: the same model, batch and lengths.
+"""SFT and DPO steps, decoding, whole GRPO and PPO steps, beside the peers: one model and batch.
 
   make bench
   PT_JAX_TRL_PYTHON=... PT_JAX_TUNIX_PYTHON=... python -m launch.bench --tasks sft grpo
@@ -8,8 +8,6 @@ and how it gets its interpreter stands in `launch/bench_peers/spec.py`; a peer w
 out with a note.
 """
 
-import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -17,33 +15,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import tyro
 
-from launch import host
+from launch import bench_tasks, host
 from launch.bench_peers.spec import SPEC
 from pt_jax import sharding
-from pt_jax.data.batch import Batch
-from pt_jax.data.tasks import Problem
-from pt_jax.loops.rollouts import Judged, drawn_tokens, pack_policy
-from pt_jax.losses import objective as objectives
-from pt_jax.losses.credit import Episodes, assign_credit
-from pt_jax.losses.supervised import SupervisedObjective
-from pt_jax.models import decoder
-from pt_jax.models.config import ModelConfig
-from pt_jax.rewards.stack import Component, RewardStack
-from pt_jax.rewards.verifiers import Completion
-from pt_jax.rollout.engine import Engine
-from pt_jax.rollout.rollouts import SamplingParams, StopReason
-from pt_jax.steps import policy, supervised
-from pt_jax.steps.optimizer import AdamW
-from pt_jax.steps.state import TrainState, Updater
 
-Task = Literal["sft", "generate", "grpo"]
+Task = Literal["sft", "generate", "grpo", "dpo", "ppo"]
+TASKS: tuple[Task, ...] = typing.get_args(Task)
 PEERS: dict[Task, dict[str, str]] = {  # task -> script -> variable that names its interpreter
   "sft": {
     "trl_sft.py": "PT_JAX_TRL_PYTHON",
@@ -55,10 +39,12 @@ PEERS: dict[Task, dict[str, str]] = {  # task -> script -> variable that names i
     "tunix_generate.py": "PT_JAX_TUNIX_PYTHON",
   },
   "grpo": {"trl_grpo.py": "PT_JAX_TRL_PYTHON", "tunix_grpo.py": "PT_JAX_TUNIX_PYTHON"},
+  "dpo": {"trl_dpo.py": "PT_JAX_TRL_PYTHON"},
+  "ppo": {},  # TRL 1.16 has none
 }
 
 
-def main(tasks: tuple[Task, ...] = ("sft", "generate", "grpo")) -> None:
+def main(tasks: tuple[Task, ...] = TASKS) -> None:
   """Prints one row per measurement.
 
   Args:
@@ -81,125 +67,14 @@ def main(tasks: tuple[Task, ...] = ("sft", "generate", "grpo")) -> None:
 
 def measure(task: Task) -> tuple[float, float]:
   """Median seconds of one timing of ours, and the tokens that it covers."""
-  run = {"sft": _sft, "generate": _generate, "grpo": _grpo}[task]
   with jax.set_mesh(sharding.make_mesh(data=-1)):
-    once = run()
+    once = bench_tasks.STARTS[task]()
     timings = []
     for i in range(SPEC["warmup"] + SPEC["repeats"]):
       started = time.perf_counter()
       tokens = once(i)
       timings.append(time.perf_counter() - started)
   return statistics.median(timings[SPEC["warmup"] :]), float(tokens)
-
-
-def _config() -> ModelConfig:
-  return ModelConfig(**SPEC["model"], qk_norm=True, tied_embeddings=True, remat="none", unroll=True)
-
-
-def _start() -> tuple[ModelConfig, Updater, TrainState]:
-  config = _config()
-  layout = sharding.zero(1)
-  updater = Updater(
-    AdamW(SPEC["learning_rate"], steps=1000, final_scale=1.0), decoder.table(config), layout
-  )
-  make = lambda key: updater.create(decoder.init(key, config, layout.params))
-  return config, updater, jax.jit(make)(jax.random.key(0))
-
-
-def _sft() -> Callable[[int], int]:
-  """`steps` updates on full rows."""
-  config, updater, state = _start()
-  spec = SPEC["sft"]
-  shape = (1, spec["batch"], spec["length"])
-  tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
-  positions = np.broadcast_to(np.arange(spec["length"], dtype=np.int32), shape)
-  mask, ones = (positions > 0).astype(np.float32), np.ones(shape, np.float32)
-  fields: Any = (tokens, positions, np.zeros_like(tokens), mask, ones)
-  batch = Batch(*fields)
-  batch = sharding.put(batch, sharding.batch_spec(1), jax.sharding.get_mesh())
-  step = functools.partial(
-    supervised.sft_step, config=config, updater=updater, objective=SupervisedObjective()
-  )
-  step = jax.jit(step, donate_argnums=0)
-  box = [state]
-
-  def once(_: int) -> int:
-    for _ in range(spec["steps"]):
-      box[0], _ = jax.block_until_ready(step(box[0], batch))
-    return spec["batch"] * spec["length"] * spec["steps"]
-
-  return once
-
-
-def _prompts(count: int, length: int, vocab: int) -> list[list[int]]:
-  return np.random.default_rng(0).integers(0, vocab, (count, length)).tolist()
-
-
-def _generate() -> Callable[[int], int]:
-  """One batch of sampled completions, none of which stops early."""
-  config, _, state = _start()
-  spec = SPEC["generate"]
-  prompts = _prompts(spec["batch"], spec["prompt"], config.vocab_size)
-  length = spec["prompt"] + spec["new_tokens"]
-  engine = Engine(config, state.params, slots=spec["batch"], max_length=length)
-  sampling = SamplingParams(max_tokens=spec["new_tokens"])
-
-  def once(i: int) -> int:
-    rollouts = engine.generate(prompts, sampling, key=jax.random.key(i))
-    return int((rollouts.length - rollouts.prompt_length).sum())
-
-  return once
-
-
-def _even(completion: Completion) -> float:
-  """A reward that varies: the share of even characters."""
-  return sum(ord(c) % 2 == 0 for c in completion.text) / max(len(completion.text), 1)
-
-
-def _grpo() -> Callable[[int], int]:
-  """Sample, score, one update, new weights to the engine."""
-  config, updater, state = _start()
-  spec = SPEC["grpo"]
-  prompts = _prompts(spec["prompts"], spec["prompt"], config.vocab_size)
-  length, count = spec["prompt"] + spec["new_tokens"], spec["prompts"] * spec["samples"]
-  engine = Engine(config, state.params, slots=count, max_length=length)
-  sampling = SamplingParams(max_tokens=spec["new_tokens"])
-  objective = dataclasses.replace(objectives.grpo(), kl=None)
-  stack = RewardStack([Component("even", 1.0, _even)])
-  step = jax.jit(
-    functools.partial(
-      policy.policy_step,
-      config=config,
-      updater=updater,
-      objective=objective,
-      temperature=1.0,
-      first_update=True,
-    ),
-    donate_argnums=0,
-  )
-  groups = np.repeat(np.arange(spec["prompts"]), spec["samples"])
-  problem = Problem("bench", "", "", {})
-  box = [state]
-
-  def once(i: int) -> int:
-    rollouts = engine.generate(prompts, sampling, key=jax.random.key(i), n=spec["samples"])
-    rows = [row[spec["prompt"] :] for row in rollouts.tokens]
-    text = lambda row: "".join(map(chr, row))
-    completions = [Completion(problem, text(row), len(row), StopReason.LENGTH) for row in rows]
-    rewards = stack(completions)
-    drawn = np.asarray(rollouts.length - rollouts.prompt_length)
-    mask = drawn_tokens(rollouts)
-    episodes = Episodes(rewards.total, np.ones(count, bool), groups, mask)
-    credit = assign_credit(episodes, objective=objective)
-    judged = Judged(completions, rollouts, rewards, groups)
-    batch = pack_policy(judged, credit, rows=count, row_length=length)
-    batch = sharding.put(batch, sharding.batch_spec(1), jax.sharding.get_mesh())
-    box[0], _ = step(box[0], batch)
-    engine.update(box[0].params, i + 1)
-    jax.block_until_ready(box[0])
-    return int(drawn.sum())
-
-  return once
 
 
 def _peer(interpreter: str, script: str) -> list[tuple[float, float, str]]:

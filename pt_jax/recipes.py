@@ -9,6 +9,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, SupportsIndex
 
+import numpy as np
+
 from pt_jax.data.chat import encode_prompt
 from pt_jax.data.chat_templates import load_template
 from pt_jax.data.groups import MISMATCHED, Group
@@ -228,6 +230,92 @@ def preference_pairs(
   prompts = [encode_prompt(question, tokenizer, chat).tolist() for question in questions]
   trained = LabelledRows(source) if unpaired else source
   return ComparisonData(Mixture({"train": trained}, seed=seed), kept_back, encode, prompts, slice)
+
+
+def outcomes(
+  tokenizer: Tokenizer,
+  *,
+  train: str,
+  messages: Callable[[Mapping[str, Any]], list[Message]],
+  label: Callable[[Mapping[str, Any]], float],
+  fields: Sequence[str],
+  template: str,
+  held_out: int,
+  slice: Callable[[Mapping[str, Any]], str] | None = None,
+  seed: int = 0,
+) -> ComparisonData:
+  """Rows of a file as chats that are right or wrong: what outcome reward models are trained on.
+
+  Args:
+    tokenizer: encodes.
+    train: a .jsonl or .json file (or either .gz), or .array_record.
+    messages: a row to its chat, with the assistant's turn last.
+    label: of a row, 1 right, 0 wrong, or a probability between.
+    fields: that every row must have.
+    template: name of the chat template; "tokenizer" is the one that came with the tokenizer.
+    held_out: random rows to evaluate on, which are then not trained on.
+    slice: names the part of the held-out data that a row belongs to.
+    seed: of the data order. The split does not depend on it.
+  """
+  chat = load_template(template, tokenizer=tokenizer)
+  source, kept_back = split(open_source(train, fields), held_out)
+
+  def encode(row: Mapping[str, Any]) -> Group:
+    encoded = encode_chat(messages(row), tokenizer, chat, turns="last")
+    return Group((Example(encoded.tokens, encoded.mask),), (float(label(row)),))
+
+  return ComparisonData(Mixture({"train": source}, seed=seed), kept_back, encode, slice=slice)
+
+
+def marked_steps(
+  tokenizer: Tokenizer,
+  *,
+  train: str,
+  template: str,
+  held_out: int,
+  prompt: str = "prompt",
+  steps: str = "steps",
+  labels: str = "labels",
+  separator: str = "\n",
+  slice: Callable[[Mapping[str, Any]], str] | None = None,
+  seed: int = 0,
+) -> ComparisonData:
+  """Rows of a file as solutions in labelled steps: what process reward models are trained on.
+
+  A step is tokenized by itself, with the separator behind it, and its last token is its mark.
+
+  Args:
+    tokenizer: encodes.
+    train: a .jsonl or .json file (or either .gz), or .array_record.
+    template: name of the chat template; "tokenizer" is the one that came with the tokenizer.
+    held_out: random rows to evaluate on, which are then not trained on.
+    prompt: field with the question, a string.
+    steps: field with the steps, a list of strings.
+    labels: field with a number of 0..1 for every step: whether it is right, or how likely.
+    separator: stands behind every step.
+    slice: names the part of the held-out data that a row belongs to.
+    seed: of the data order. The split does not depend on it.
+  """
+  chat = load_template(template, tokenizer=tokenizer)
+  source, kept_back = split(open_source(train, (prompt, steps, labels)), held_out)
+
+  def encode(row: Mapping[str, Any]) -> Group:
+    if not row[steps] or len(row[steps]) != len(row[labels]):
+      count = len(row[labels])
+      raise ValueError(f"expected a label for each of 1 or more steps, found {count} labels")
+    turn: Message = {"role": "user", "content": row[prompt]}
+    parts = [encode_prompt([turn], tokenizer, chat)]
+    marks, label = [np.zeros(len(parts[0]))], [np.zeros(len(parts[0]))]
+    for step, right in zip(row[steps], row[labels]):
+      tokens = tokenizer.encode(step + separator)
+      parts.append(np.asarray(tokens, np.int32))
+      last = np.arange(len(tokens)) == len(tokens) - 1
+      marks.append(last)
+      label.append(last * float(right))
+    mask = np.concatenate(marks).astype(np.float32)
+    return Group((Example(np.concatenate(parts), mask),), (np.concatenate(label),))
+
+  return ComparisonData(Mixture({"train": source}, seed=seed), kept_back, encode, slice=slice)
 
 
 class LabelledRows:

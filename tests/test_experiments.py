@@ -1,6 +1,7 @@
 """Every experiment runs: two steps of each stage, on a width that costs nothing."""
 
 import dataclasses
+import gzip
 import json
 import shutil
 import typing
@@ -20,6 +21,8 @@ from experiments import (
   quickstart,
   reinforce_arithmetic,
   rloo_arithmetic,
+  rm_hh,
+  sft_instructions,
   vapo_arithmetic,
 )
 from pt_jax import recipes, sharding
@@ -64,6 +67,20 @@ def test_ablations_differ_in_the_objective_alone(algorithm):
   for stage, other in zip(online, others):
     assert (stage.objective == other.objective) == (algorithm == "grpo")
     assert stage.optimizer == other.optimizer and stage.sampling == other.sampling
+
+
+def test_supervised_ablations_differ_in_the_objective_alone():
+  together = sft_instructions.objectives()
+  first, *stages = together.stages
+  assert len({stage.objective for stage in stages}) == len(stages) == 5
+  for name in ("psft", "psft_clipped", "dft", "label_smoothed"):
+    alone = getattr(sft_instructions, name)()
+    assert plain(alone.stages[0]) == plain(first) and len(alone.stages) == 2
+    assert plain(alone.stages[1]) == plain(next(s for s in stages if s.name == name))
+  nll = stages[0]
+  for stage in stages:
+    same = dataclasses.replace(stage, name=nll.name, objective=nll.objective)
+    assert plain(same) == plain(nll) and stage.start == "sft"
 
 
 def test_an_unknown_algorithm_is_named():
@@ -158,6 +175,46 @@ def test_grpo_gsm8k_from_a_checkpoint(tmp_path, one_device):
   before, after = (jax.tree.leaves(tree)[0] for tree in (params, finished.params))
   assert before.shape == after.shape
   assert 0 <= finished.results["grpo"]["eval/pass@1"] <= 1
+
+
+def hh_rows(count):
+  """Transcripts whose chosen answers decline, some of two turns."""
+  rows = []
+  for i in range(count):
+    start = f"\n\nHuman: question {i}?\n\nAssistant: answer.\n\nHuman: more" * (i % 2)
+    start = start or f"\n\nHuman: question {i}"
+    rows.append({side: f"{start}\n\nAssistant: {text} {i}" for side, text in HH.items()})
+  return [*rows, {"chosen": rows[0]["chosen"], "rejected": rows[1]["rejected"]}]
+
+
+HH = {"chosen": "I am sorry, no.", "rejected": "Yes, you could do that in many ways."}
+
+
+def test_rm_hh(tmp_path):
+  file = tmp_path / "rows.jsonl.gz"
+  rows = hh_rows(60)
+  file.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+  config = rm_hh.config(
+    path=str(file), sft_steps=2, steps=2, batch_size=2, row_length=256, vocab_size=300, width=64
+  )
+  results = run_experiment(config, runs=tmp_path, id="0", quiet=True).results
+  assert 0 <= results["reward"]["eval/accuracy_low"] <= results["reward"]["eval/accuracy_high"] <= 1
+  parts = [rm_hh.rows_of(str(file), part) for part in ("train", "validation", "held_out")]
+  assert sum(map(len, parts)) == 60, "the last row is no pair"
+  opening = lambda row: rm_hh.messages(row["chosen"])[0]["content"]
+  seen = [{opening(part[i]) for i in range(len(part))} for part in parts]
+  assert not seen[0] & seen[2] and not seen[1] & seen[2] and all(seen)
+  assert results["reward"]["eval/slice/chosen_shorter/count"] == len(parts[2])
+
+
+def test_ablations_of_rm_hh_differ_in_what_they_say(tmp_path):
+  file = tmp_path / "rows.jsonl.gz"
+  file.write_bytes(gzip.compress("\n".join(map(json.dumps, hh_rows(60))).encode()))
+  made = [make(path=str(file)) for make in (rm_hh.config, rm_hh.single, rm_hh.centered)]
+  base, single, centered = (experiment.stages[-1] for experiment in made)
+  assert (single.members, single.objective.bootstrap) == (1, False)
+  assert centered.objective == dataclasses.replace(base.objective, center=0.01)
+  assert [e.name for e in made] == ["rm_hh", "rm_hh_single", "rm_hh_centered"]
 
 
 @pytest.fixture

@@ -281,3 +281,41 @@ def test_all_turns_of_a_trajectory_or_the_last(tmp_path):
 
 def rows_of_pairs():
   return {"question": "What?", "chosen": "good", "rejected": "bad"}
+
+
+def test_outcomes_are_chats_with_a_label(tmp_path):
+  rows = [{"q": f"{i}+{i}", "a": str(2 * i + i % 2), "right": 1 - i % 2} for i in range(20)]
+  file = tmp_path / "rows.jsonl"
+  file.write_text("\n".join(map(json.dumps, rows)))
+  data = recipes.outcomes(
+    TOKENIZER,
+    train=str(file),
+    messages=lambda row: [
+      {"role": "user", "content": row["q"]},
+      {"role": "assistant", "content": row["a"]},
+    ],
+    label=lambda row: row["right"],
+    fields=("q", "a", "right"),
+    template=TEMPLATE,
+    held_out=4,
+  )
+  assert len(data.train) == 16 and len(data.held_out) == 4
+  for row in (data.train[0], data.held_out[0]):
+    (completion,), labels = data.encode(row)[:2]
+    trained = completion.tokens[completion.mask > 0].tolist()
+    assert TOKENIZER.decode(trained).startswith(row["a"]) and labels == (row["right"],)
+
+
+def test_step_marks_are_the_last_tokens_of_the_steps(tmp_path):
+  row = {"prompt": "1+2+3", "steps": ["1+2=3", "3+3=7"], "labels": [1.0, 0.25]}
+  file = tmp_path / "rows.jsonl"
+  file.write_text("\n".join([json.dumps(row)] * 4))
+  data = recipes.marked_steps(TOKENIZER, train=str(file), template=TEMPLATE, held_out=1)
+  (completion,), (labels,) = data.encode(data.train[0])[:2]
+  text = TOKENIZER.decode(completion.tokens.tolist())
+  assert text == "1+2+3\n1+2=3\n3+3=7\n"
+  marks = np.flatnonzero(completion.mask)
+  assert marks.tolist() == [11, 17] and completion.tokens[marks].tolist() == [10, 10]
+  assert labels[marks].tolist() == [1.0, 0.25] and np.count_nonzero(labels) == 2
+  with pytest.raises(ValueError, match="expected a label for each of 1 or more steps, found 1"):
+    data.encode(row | {"labels": [1.0]})

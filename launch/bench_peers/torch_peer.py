@@ -41,13 +41,23 @@ def qwen3(spec: dict) -> transformers.Qwen3ForCausalLM:
   return transformers.Qwen3ForCausalLM(config)
 
 
+def word(token: int) -> str:
+  """The text of a token. None begins with another: a special token is found inside words, too."""
+  return f"t{token:05d}"
+
+
+def text(tokens: torch.Tensor) -> str:
+  """The text of a row of tokens."""
+  return " ".join(map(word, tokens.tolist()))
+
+
 def tokenizer(vocab_size: int) -> transformers.PreTrainedTokenizerFast:
-  """One token a word: "t5" is token 5."""
-  words = {f"t{i}": i for i in range(vocab_size)}
-  inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=f"t{PAD}"))
+  """One token a word."""
+  words = {word(i): i for i in range(vocab_size)}
+  inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=word(PAD)))
   inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
   return transformers.PreTrainedTokenizerFast(
-    tokenizer_object=inner, pad_token=f"t{PAD}", eos_token=f"t{EOS}", padding_side="left"
+    tokenizer_object=inner, pad_token=word(PAD), eos_token=word(EOS), padding_side="left"
   )
 
 

@@ -18,7 +18,7 @@ def main() -> None:
   grpo = spec["grpo"]
   steps = spec["warmup"] + spec["repeats"] + 1
   tokens = torch_peer.random_tokens(spec, grpo["prompts"] * steps, grpo["prompt"])
-  prompts = [" ".join(f"t{token}" for token in row) for row in tokens.tolist()]
+  prompts = list(map(torch_peer.text, tokens))
   clock = torch_peer.StepClock()
   with tempfile.TemporaryDirectory() as folder:
     trainer = trl.GRPOTrainer(
@@ -39,6 +39,7 @@ def main() -> None:
       processing_class=torch_peer.tokenizer(spec["model"]["vocab_size"]),
       callbacks=[clock],
     )
+    assert len(trainer.processing_class(prompts[0])["input_ids"]) == grpo["prompt"]
     trainer.train()
   torch_peer.report(
     "trl",

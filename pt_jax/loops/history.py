@@ -3,7 +3,6 @@
 A level is the median of a few neighbouring loggings: one value that stands out does not move it.
 """
 
-import itertools
 import statistics
 from collections.abc import Sequence
 
@@ -24,7 +23,7 @@ class Series:
     self.count = 0
     self.best: Point | None = None  # the highest level so far, and the step that ended it
     self._best_margin = 0.0  # at that step
-    self._way = 0.0  # sum of the absolute steps between neighbours
+    self._bent = 0.0  # sum of |a - 2 b + c| over all neighbours
     self._window = RARE_WINDOW if name.startswith(RARE) else WINDOW
     self._first: list[Point] = []
     self._last: list[Point] = []
@@ -32,10 +31,10 @@ class Series:
   def add(self, step: int, value: float) -> None:
     """Takes the next value, which must be finite."""
     self.count += 1
-    self._way += abs(value - self._last[-1][1]) if self._last else 0.0
     if len(self._first) < self._window:
       self._first.append((step, value))
     self._last = [*self._last[1 - KEPT :], (step, value)]
+    self._bent += sum(_bends(self.values[-3:]))
     if self.full and (self.best is None or self.recent > self.best[1]):
       self.best, self._best_margin = (step, self.recent), self.margin
 
@@ -71,12 +70,15 @@ class Series:
 
   @property
   def margin(self) -> float:
-    """What two levels may differ by chance: 5 std of a value, from the mean step between neighbours
-    (1.128 std for normal noise), so that a trend counts little; lately or ever, the larger."""
-    if self.count < 2:
+    """What two levels may differ by chance: 5 std of a value, lately or ever, the larger.
+
+    From the mean of |a - 2 b + c| over three neighbours, which is 1.954 std for normal noise and
+    0 for a straight trend.
+    """
+    if self.count < 3:
       return 0.0
-    lately = statistics.fmean(abs(b - a) for a, b in itertools.pairwise(self.values))
-    return NOISE_FACTOR * max(lately, self._way / (self.count - 1)) / 1.128
+    lately = statistics.fmean(_bends(self.values))
+    return NOISE_FACTOR * max(lately, self._bent / (self.count - 2)) / 1.954
 
   @property
   def fall(self) -> float:
@@ -102,6 +104,10 @@ class Series:
   def steps(self) -> str:
     """Which steps the latest level is of."""
     return _steps(self._last[-self._window :])
+
+
+def _bends(values: Sequence[float]) -> list[float]:
+  return [abs(a - 2 * b + c) for a, b, c in zip(values, values[1:], values[2:])]
 
 
 def _steps(points: Sequence[Point]) -> str:

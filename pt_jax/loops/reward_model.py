@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from pt_jax import weights
 from pt_jax.data.batch import ComparisonBatch
 from pt_jax.data.groups import Group
+from pt_jax.data.packing import Example
 from pt_jax.experiment import ComparisonData, Reward
 from pt_jax.loops import offline, ranking
 from pt_jax.loops.context import Context
@@ -79,13 +80,22 @@ def run_reward(stage: Reward, context: Context) -> tuple[Params, dict[str, float
 
 
 def checked(data: ComparisonData, kind: Kind) -> ComparisonData:
-  """The data, with rows that are checked to be what this kind of reward model is trained on."""
+  """The data, with rows that are checked to be what this kind of reward model is trained on.
+
+  Tokens behind the last one in the mask are cut off: templates add some behind the token that
+  closes a turn, a rollout ends with that token, and there the reward is read.
+  """
 
   def encode(row: Mapping[str, Any]) -> Group:
     group = data.encode(row)
-    if isinstance(group, Group):  # else the pipeline says so
-      _check_group(group, kind)
-    return group
+    if not isinstance(group, Group):
+      return group  # the pipeline says what is wrong
+    _check_group(group, kind)
+    ends = [int(np.max(np.flatnonzero(c.mask), initial=-1)) + 1 for c in group.completions]
+    cut = lambda values, n: values[:n] if np.ndim(values) else values
+    completions = [Example(c.tokens[:n], c.mask[:n]) for c, n in zip(group.completions, ends)]
+    labels = [cut(label, n) for label, n in zip(group.labels, ends)]
+    return group._replace(completions=tuple(completions), labels=tuple(labels))
 
   return dataclasses.replace(data, encode=encode)
 

@@ -6,7 +6,6 @@ ago (`refresh_every`).
 """
 
 import dataclasses
-import typing
 from typing import Literal
 
 import chex
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 
 from pt_jax.losses import reduce
 from pt_jax.losses.kl import kl_estimate
+from pt_jax.losses.options import check, check_choice
 from pt_jax.losses.ratio import log_ratio
 
 Metrics = dict[str, jax.Array]
@@ -40,16 +40,6 @@ def nll(logprobs: jax.Array, mask: jax.Array) -> jax.Array:
   return jnp.where(mask > 0, -logprobs, 0)
 
 
-def _check(field: str, value: object, holds: bool, expected: str) -> None:
-  if not holds:
-    raise ValueError(f"{field}: expected {expected}, found {value!r}")
-
-
-def _check_choice(field: str, value: str, kind: object) -> None:
-  names = typing.get_args(kind)
-  _check(field, value, value in names, f"one of {', '.join(names)}")
-
-
 @dataclasses.dataclass(frozen=True)
 class ReferenceKl:
   """coefficient * KL between policy and reference, added to the loss of each target token.
@@ -68,9 +58,9 @@ class ReferenceKl:
   direction: Direction = "policy_reference"  # KL(policy || reference); only "exact" has another
 
   def __post_init__(self):
-    _check("kl.coefficient", self.coefficient, self.coefficient >= 0, "a number >= 0")
-    _check_choice("kl.form", self.form, KlForm)
-    _check_choice("kl.direction", self.direction, Direction)
+    check("kl.coefficient", self.coefficient, self.coefficient >= 0, "a number >= 0")
+    check_choice("kl.form", self.form, KlForm)
+    check_choice("kl.direction", self.direction, Direction)
     if self.form != "exact" and self.direction != "policy_reference":
       raise ValueError(f"kl.direction: {self.form!r} does not read it, found {self.direction!r}")
 
@@ -91,17 +81,17 @@ class SupervisedObjective:
   constant_length: int | None = None  # for the reduction `constant`: tokens a segment may have
 
   def __post_init__(self):
-    _check_choice("loss", self.loss, TokenLoss)
+    check_choice("loss", self.loss, TokenLoss)
     share = self.label_smoothing
-    _check("label_smoothing", share, 0 <= share < 1, "a number in [0, 1)")
+    check("label_smoothing", share, 0 <= share < 1, "a number in [0, 1)")
     if self.loss != "nll" and share:
       raise ValueError(f"label_smoothing: {self.loss!r} does not read it, found {share}")
     if self.loss == "clipped":
-      _check("clip", self.clip, self.clip is not None and self.clip > 0, "a number > 0")
+      check("clip", self.clip, self.clip is not None and self.clip > 0, "a number > 0")
     elif self.clip is not None:
       raise ValueError(f"clip: {self.loss!r} does not read it, found {self.clip}")
     if (every := self.refresh_every) is not None:
-      _check("refresh_every", every, every > 0, "a number of updates > 0")
+      check("refresh_every", every, every > 0, "a number of updates > 0")
       if not self.needs_reference:
         raise ValueError(f"refresh_every: expected an objective with a reference, found {every}")
     reduce.check_reduction(self.reduction, self.constant_length)

@@ -336,6 +336,7 @@ def test_a_run_trains_on_the_problems_in_the_band_and_resumes_bit_for_bit(tmp_pa
   kept = {f"word/{i}" for i, rate in zip(tried, rates) if 0.2 <= rate <= 0.6}
   assert len(kept) == first["difficulty/kept"]
   assert first["difficulty/pass_rate"] == pytest.approx(rates.mean())
+  assert set(4 * rates) >= {0, 1, 2} and set(4 * rates) <= {0, 1, 2, 3, 4}  # four samples of each
   trained = {row["problem"] for row in metrics.read_jsonl(whole.folder / "samples.jsonl")}
   assert trained <= kept
 

@@ -165,3 +165,17 @@ def test_labels_outside_are_named():
   wrong = dataclasses.replace(data, encode=lambda _: group._replace(labels=(-1.0,)))
   with pytest.raises(ValueError, match=r"process rows: expected labels in 0\.\.1, found"):
     reward_model.checked(wrong, "process").encode(row)
+
+
+def test_the_reward_is_read_where_a_rollout_ends():
+  """What a template adds behind the token that closes the turn is cut off, with its labels."""
+  data = comparisons.data(tiny.ByteTokenizer(), kind="process")
+  row = comparisons.rows("process", 1, 0)[0]
+  (completion,), (label,) = data.encode(row)[:2]
+  longer = completion._replace(
+    tokens=np.append(completion.tokens, [10, 10]), mask=np.append(completion.mask, [0, 0])
+  )
+  group = data.encode(row)._replace(completions=(longer,), labels=(np.append(label, [0, 0]),))
+  got = reward_model.checked(dataclasses.replace(data, encode=lambda _: group), "process")
+  np.testing.assert_array_equal(got.encode(row).completions[0].tokens, completion.tokens)
+  np.testing.assert_array_equal(got.encode(row).labels[0], label)

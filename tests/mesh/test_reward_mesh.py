@@ -103,7 +103,7 @@ def _update(case: Case):
   """State and metrics after one update of a reward model with three heads."""
   table = heads.table(training.MODEL, 3)
   head = np.random.default_rng(1).normal(size=(3, training.MODEL.width)).astype(np.float32)
-  params = heads.from_decoder(training.initial_params(), head)
+  params = heads.from_decoder(training.initial_params("sft"), head)
   with jax.set_mesh(make_mesh(case.mesh)):
     updater = Updater(training.ADAM, table, sharding.zero(case.zero))
     objective = OBJECTIVES["pairwise"]
