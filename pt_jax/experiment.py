@@ -250,7 +250,7 @@ class OnlinePreference:
   group_size: int  # completions per prompt
   rows: int  # packed rows of one microbatch (all hosts); an update computes as many as it needs
   row_length: int  # also the longest pair: two times a prompt with its completion
-  judge: Judge | None = None  # scores the completions that are trained on
+  judge: Judge | ModelReward | None = None  # scores the completions that are trained on
   pairing: Pairing = "best_worst"  # or one random pair, or all pairs, with different scores
   threshold: float = 0.5  # for unpaired objectives: a completion that scores more is right
   refresh_every: int = 1  # steps whose completions are drawn from the same weights
@@ -282,6 +282,10 @@ class OnlinePreference:
     if self.pairing not in typing.get_args(Pairing):
       names = ", ".join(typing.get_args(Pairing))
       raise ValueError(f"{where}: pairing: expected one of {names}, found {self.pairing!r}")
+    if isinstance(self.judge, ModelReward) and (self.judge.process or self.judge.weight != 1):
+      raise ValueError(
+        f"{where}: judge: expected a model of outcomes with weight 1, found {self.judge}"
+      )
     if self.reference_every and not self.objective.reference:
       raise ValueError(
         f"{where}: reference_every: {self.objective.loss!r} without a reference does not read it, "
@@ -353,14 +357,15 @@ class Experiment:
 
 def _check_inputs(stage: Stage, before: Sequence[Stage]) -> None:
   """Raises ValueError unless the reward models that a stage asks for are trained before it."""
-  if not isinstance(stage, Online):
-    return
   models = {s.name: s.members for s in before if isinstance(s, Reward)}
   wanted = []
-  if isinstance(stage.critic, Critic) and stage.critic.start is not None:
-    wanted.append(("critic.start", stage.critic.start, 1))
-  if stage.reward_model is not None:
-    wanted.append(("reward_model", stage.reward_model.stage, stage.reward_model.members))
+  if isinstance(stage, Online):
+    if isinstance(stage.critic, Critic) and stage.critic.start is not None:
+      wanted.append(("critic.start", stage.critic.start, 1))
+    if stage.reward_model is not None:
+      wanted.append(("reward_model", stage.reward_model.stage, stage.reward_model.members))
+  if isinstance(stage, OnlinePreference) and isinstance(stage.judge, ModelReward):
+    wanted.append(("judge", stage.judge.stage, stage.judge.members))
   for field, name, members in wanted:
     if models.get(name) != members:
       raise ValueError(

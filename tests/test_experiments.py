@@ -17,6 +17,7 @@ from experiments import (
   grpo_arithmetic,
   grpo_gsm8k,
   gspo_arithmetic,
+  online_dpo_arithmetic,
   ppo_arithmetic,
   quickstart,
   reinforce_arithmetic,
@@ -27,7 +28,7 @@ from experiments import (
 )
 from pt_jax import recipes, sharding
 from pt_jax.data.tokenizers import load_tokenizer
-from pt_jax.experiment import Evaluate, Online, ValueHead
+from pt_jax.experiment import Evaluate, Online, OnlinePreference, ValueHead
 from pt_jax.loops.pipeline import run_experiment
 from pt_jax.loops.record import plain
 from pt_jax.models import decoder, hf
@@ -41,7 +42,7 @@ def shortened(experiment):
   """With evaluations and periodic samples of 4 problems."""
 
   def shorter(stage):
-    if isinstance(stage, Online):
+    if isinstance(stage, Online | OnlinePreference):
       return dataclasses.replace(stage, evaluate_problems=4, slots=4)
     return dataclasses.replace(stage, count=4, slots=4) if isinstance(stage, Evaluate) else stage
 
@@ -86,6 +87,24 @@ def test_supervised_ablations_differ_in_the_objective_alone():
 def test_an_unknown_algorithm_is_named():
   with pytest.raises(ValueError, match="algorithm: expected one of grpo, dr_grpo, dapo, found 'x'"):
     grpo_arithmetic.config(algorithm="x")  # type: ignore[arg-type]
+
+
+def test_online_preference_on_sums(tmp_path):
+  """KTO, whose rows hold the most; and what its relatives change."""
+  config = online_dpo_arithmetic.config(algorithm="kto", sft_steps=2, steps=2, prompts=2)
+  small = recipes.small_decoder(config.model.vocab_size, width=64, layers=1, max_length=256)
+  config = shortened(dataclasses.replace(config, model=small))
+  finished = run_experiment(config, runs=tmp_path, id="0", quiet=True)
+  assert {"cold_start", "preference", "sft"} == set(finished.results)
+  assert 0 <= finished.results["preference"]["eval/pass@1"] <= 1
+  ablations = (getattr(online_dpo_arithmetic, f"online_{name}")() for name in ("dpo", "ipo", "kto"))
+  last = [ablation.stages[-1] for ablation in ablations]
+  assert [stage.objective.loss for stage in last] == ["sigmoid", "ipo", "kto"]
+  assert (
+    dataclasses.replace(last[1], problems=last[0].problems, objective=last[0].objective) == last[0]
+  )
+  with pytest.raises(ValueError, match="algorithm: expected one of dpo, ipo, kto, found 'x'"):
+    online_dpo_arithmetic.config(algorithm="x")  # type: ignore[arg-type]
 
 
 POLICY = {  # what each experiment of one algorithm takes from `arithmetic`

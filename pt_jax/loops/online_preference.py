@@ -21,10 +21,11 @@ import numpy as np
 from pt_jax import sharding
 from pt_jax.data.batch import ComparisonBatch
 from pt_jax.data.groups import Group
-from pt_jax.experiment import OnlinePreference
+from pt_jax.experiment import ModelReward, OnlinePreference
 from pt_jax.loops import pairs
 from pt_jax.loops.context import Context, in_stage
 from pt_jax.loops.evaluation import evaluate, new_engine
+from pt_jax.loops.model_rewards import NAME, RewardModel
 from pt_jax.loops.offline import due
 from pt_jax.loops.online import HISTOGRAMS_EVERY
 from pt_jax.loops.progress import Progress
@@ -32,7 +33,7 @@ from pt_jax.loops.prompts import Prompts
 from pt_jax.loops.rollouts import Judged, concatenate, generate_and_judge, rollout_metrics
 from pt_jax.losses.mismatch import logprob_gap
 from pt_jax.metrics import check_finite
-from pt_jax.rewards.judges import judged as judged_by
+from pt_jax.rewards import judges
 from pt_jax.steps import policy
 from pt_jax.steps.preference import PreferenceState, PreferenceUpdater, preference_step
 from pt_jax.steps.state import Updater
@@ -115,6 +116,9 @@ class _Loop:
     room = stage.row_length // stage.completions_per_group
     self.engine = new_engine(context, self._behaviour, stage.slots, room, version=self.version)
     self._compile(updater)
+    self.reward_model = None
+    if isinstance(stage.judge, ModelReward):
+      self.reward_model = RewardModel(stage.judge, context, stage.rows, stage.row_length)
     self.results: dict[str, float] = {}
     self.pending: tuple[int, list[dict[str, jax.Array]], dict[str, float]] | None = None
 
@@ -210,9 +214,14 @@ class _Loop:
     return Scored(judged, scores), figures
 
   def _scores(self, judged: Judged) -> np.ndarray:
-    if self.stage.judge is None:
+    """[B] float32: the total reward, or what the stage's judge says."""
+    judge = self.stage.judge
+    if judge is None:
       return judged.rewards.total
-    return judged_by(self.stage.judge, judged.completions, judged.groups)
+    if isinstance(judge, ModelReward):
+      assert self.reward_model is not None
+      return self.reward_model.judge(judged).rewards.components[NAME]
+    return judges.judged(judge, judged.completions, judged.groups)
 
   def _compare(self, judged: Judged, scores: np.ndarray, rng: np.random.Generator) -> Compared:
     stage = self.stage

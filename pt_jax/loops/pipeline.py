@@ -43,6 +43,18 @@ PICTURES = (
     "share",
     ("samples/distinct*", "samples/*diversity", "samples/*leakage"),
   ),
+  report.Picture(
+    "margin",
+    "Implicit rewards and their difference",
+    "beta times nats",
+    ("preference/reward", "preference/*_reward", "preference/margin"),
+  ),
+  report.Picture(
+    "displacement",
+    "Log-prob of a completion, policy minus reference",
+    "nats",
+    ("preference/*logprob_change",),
+  ),
 )
 
 

@@ -1,6 +1,7 @@
 """The online preference loop on a model of 16 letters: it learns from what it samples, from weights
 and a reference that are as old as they should be, and resumes bit for bit."""
 
+import dataclasses
 import functools
 import math
 
@@ -8,8 +9,15 @@ import numpy as np
 import pytest
 
 from pt_jax import metrics
+from pt_jax.data.groups import Group
+from pt_jax.data.mixtures import Mixture
+from pt_jax.data.packing import Example
+from pt_jax.data.pipeline import Layout
+from pt_jax.data.sources import MemorySource
+from pt_jax.experiment import ComparisonData, ModelReward, Reward
 from pt_jax.loops import evaluation, online_preference, pipeline
 from pt_jax.losses import preference_objective as objectives
+from pt_jax.losses.reward import RewardObjective
 from pt_jax.rewards.judges import WinRates
 from pt_jax.rewards.stack import Component, RewardStack
 from pt_jax.rollout.rollouts import SamplingParams
@@ -197,6 +205,51 @@ def test_a_judge_takes_the_place_of_the_rewards(tmp_path):
   assert min(row["rollout/reward_agrees"] for row in rows_of(finished)) < 1
 
 
+def comparisons(tokenizer):
+  """Answers with more "a" are better, as a reward model has to find out."""
+  rng = np.random.default_rng(0)
+  words = ["".join(rng.choice([*"aabcdefgh"], 6)) for _ in range(400)]
+  rows = [
+    {
+      "better": max(pair, key=lambda w: w.count("a")),
+      "worse": min(pair, key=lambda w: w.count("a")),
+    }
+    for pair in zip(words[::2], words[1::2])
+    if pair[0].count("a") != pair[1].count("a")
+  ]
+
+  def encode(row):
+    answer = lambda word: np.array([*tokenizer.encode("b" + word), letters.END], np.int32)
+    example = lambda word: Example(answer(word), np.float32([0] + [1] * 7))
+    return Group((example(row["better"]), example(row["worse"])), (1.0, 0.0))
+
+  train, held_out = MemorySource(rows[:-20], "train"), MemorySource(rows[-20:], "held_out")
+  return ComparisonData(Mixture({"pairs": train}, seed=0), held_out, encode)
+
+
+def reward_stage():
+  layout = Layout(batch_size=8, row_length=32)
+  optimizer = AdamW(0.02, steps=30, warmup=2)
+  return Reward(
+    name="rm", data=comparisons, objective=RewardObjective(), layout=layout, optimizer=optimizer
+  )
+
+
+def test_a_reward_model_takes_the_place_of_the_rewards(tmp_path):
+  judge = ModelReward("rm")
+  stage = letters.preference_stage(steps=10, judge=judge, evaluate_every=0, checkpoint_every=0)
+  finished = run(tmp_path, letters.experiment(reward_stage(), stage, model=letters.PAIR_MODEL))
+  rows = [row for row in rows_of(finished) if row["stage"] == "preference"]
+  scores, rewards = ([row[name] for row in rows] for name in ("rollout/score", "reward"))
+  assert np.mean(scores[-2:]) > np.mean(scores[:2]) and np.mean(rewards[-2:]) > np.mean(rewards[:2])
+  assert scores[0] != pytest.approx(rewards[0])
+  assert np.mean([row["rollout/reward_agrees"] for row in rows]) > 0.7
+  for changes in ({"stage": "other"}, {"members": 2}):
+    other = dataclasses.replace(stage, judge=dataclasses.replace(judge, **changes))
+    with pytest.raises(ValueError, match=r"^stage preference: judge: expected a Reward stage befo"):
+      letters.experiment(reward_stage(), other)
+
+
 def hopeless():
   return RewardStack([Component("correct", 1.0, lambda completion: 0.0)])
 
@@ -266,6 +319,8 @@ def test_stages_that_cannot_run(tmp_path, changes, message):
     ({"refresh_every": 0}, "refresh_every: expected at least 1, found 0"),
     ({"reference_every": -1}, "reference_every: expected at least 0, found -1"),
     ({"pairing": "worst"}, "pairing: expected one of best_worst, random, all, found 'worst'"),
+    ({"judge": ModelReward("rm", weight=2.0)},
+     "judge: expected a model of outcomes with weight 1, found ModelReward(stage='rm', weight=2.0"),
     ({"objective": objectives.simpo(), "reference_every": 2},
      "reference_every: 'sigmoid' without a reference does not read it, found 2"),
     ({"objective": objectives.kto(), "prompts": 1},
