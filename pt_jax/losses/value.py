@@ -39,7 +39,9 @@ def value_loss(
   error = jnp.square(values - returns)
   loss, clipped = 0.5 * error, jnp.zeros_like(error)
   if clip is not None:
-    near = old_values + jnp.clip(values - old_values, -clip, clip)
+    moved = values - old_values
+    # Inside the bounds exactly `values`: rounding must not count as a clip.
+    near = jnp.where(jnp.abs(moved) > clip, old_values + jnp.sign(moved) * clip, values)
     other = jnp.square(near - returns)
     loss, clipped = 0.5 * jnp.maximum(error, other), (other > error).astype(jnp.float32)
   metrics = {"value": values, "error": error, "clip_fraction": clipped}

@@ -235,7 +235,7 @@ def test_step_rewards_of_another_number_are_named(tmp_path):
         "objective": dataclasses.replace(objective.grpo(), process=objective.Process()),
         "steps_of": Steps(),
       },
-      "steps_of.rewards: objective.process needs it",
+      "objective.process: expected steps_of.rewards or a reward model of steps, found neither",
     ),
     ({"stop_kl": 0.1}, "stop_kl: expected a number > 0 and several epochs, found 0.1 and 1"),
     (

@@ -31,8 +31,11 @@ def test_equals_the_formula(clip):
   np.testing.assert_allclose(value, wanted * mask, rtol=1e-5)
   np.testing.assert_allclose(slope, wanted_slope * mask, rtol=1e-5, atol=1e-7)
   np.testing.assert_allclose(metrics["error"], (v - r) ** 2 * mask, rtol=1e-5)
-  if clip is not None:
-    assert 0 < metrics["clip_fraction"].sum() < mask.sum()
+  if clip is not None:  # beyond the bounds, and there nearer to R than the clipped value
+    beyond = np.abs(v.astype(np.float64) - old) > clip
+    counted = beyond & (wanted > 0.5 * (v.astype(np.float64) - r) ** 2 * (1 + 1e-9))
+    np.testing.assert_array_equal(metrics["clip_fraction"], counted * mask)
+    assert 0 < (counted * mask).sum() < mask.sum()
 
 
 def test_the_clip_stops_a_value_that_runs_ahead():

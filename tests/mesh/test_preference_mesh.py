@@ -73,14 +73,14 @@ def batch(case: Case) -> ComparisonBatch:
 def update(case: Case):
   """State and metrics after one update."""
   with jax.set_mesh(make_mesh(case.mesh)):
-    updater = training.make_updater(case.zero)
+    updater = training.make_updater(case.zero, "grpo")
     step = functools.partial(
       preference_step,
       config=training.MODEL,
       updater=updater,
       objective=OBJECTIVES[case.objective],
     )
-    state = jax.jit(PreferenceUpdater(updater).create)(training.initial_params())
+    state = jax.jit(PreferenceUpdater(updater).create)(training.initial_params("grpo"))
     return jax.jit(step)(state, batch(case))
 
 
@@ -104,8 +104,8 @@ def test_scores_and_held_out_figures():
 
   def run(shape):
     with jax.set_mesh(make_mesh(shape)):
-      updater = training.make_updater(1)
-      state = jax.jit(PreferenceUpdater(updater).create)(training.initial_params())
+      updater = training.make_updater(1, "grpo")
+      state = jax.jit(PreferenceUpdater(updater).create)(training.initial_params("grpo"))
       rows = batch(Case("rpo", shape, 1, 2, True))
       scores = jax.jit(functools.partial(score, config=training.MODEL))(state.params, rows)
       assert scores.sharding.spec == rows.mask.sharding.spec

@@ -78,7 +78,7 @@ class Outcome(NamedTuple):
 
 def samples() -> list[dict[str, np.ndarray]]:
   """Token fields of samples of 2 to 8 tokens; the first token or more is the prompt."""
-  rng = np.random.default_rng(0)
+  rng, others = np.random.default_rng(0), np.random.default_rng(1)
   made = []
   for index in range(SAMPLES):
     size = 2 + index % 7
@@ -95,8 +95,8 @@ def samples() -> list[dict[str, np.ndarray]]:
         "old_logprobs": (uniform + noise(0.3)).astype(np.float32),
         "sampler_logprobs": (uniform + noise(0.3)).astype(np.float32),
         "reference_logprobs": (uniform + noise(0.3)).astype(np.float32),
-        "returns": noise(1.0),
-        "old_values": noise(1.0),
+        "returns": (others.normal(size=size) * mask).astype(np.float32),
+        "old_values": (others.normal(size=size) * mask).astype(np.float32),
         "positive": mask * np.float32(index % 3 == 0),
       }
     )
