@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from pt_jax.data.pipeline import Layout
 from pt_jax.data.tokenizers import Tokenizer
-from pt_jax.losses.objective import Objective
+from pt_jax.losses.objective import MonteCarlo, Objective
 from pt_jax.losses.preference_objective import PreferenceObjective
 from pt_jax.losses.reward import RewardObjective
 from pt_jax.losses.supervised import SupervisedObjective, sft
@@ -210,10 +210,23 @@ class Online:
         raise ValueError(
           f"stage {self.name}: {field}: expected {expected}, found {getattr(self, field)}"
         )
+    if o.compares and self.group_size < 2:
+      raise ValueError(
+        f"stage {self.name}: group_size: expected at least 2, since the objective compares the "
+        f"completions of a prompt, found {self.group_size}"
+      )
     judged = self.reward_model is not None and self.reward_model.process
-    given = self.steps_of is not None and self.steps_of.rewards is not None
-    if o.process is not None and given == judged:
-      found = "both" if given else "neither"
+    given_rewards = self.steps_of is not None and self.steps_of.rewards is not None
+    alone = isinstance(o.advantage, MonteCarlo) or o.filters.zero_variance
+    if self.reward_model is not None and not judged and alone:
+      raise ValueError(
+        f"stage {self.name}: reward_model: expected none with MonteCarlo or filters.zero_variance, "
+        "which look at the verifiers' rewards alone"
+      )
+    if given_rewards and o.process is None:
+      raise ValueError(f"stage {self.name}: steps_of.rewards: only objective.process reads them")
+    if o.process is not None and given_rewards == judged:
+      found = "both" if given_rewards else "neither"
       raise ValueError(
         f"stage {self.name}: objective.process: expected steps_of.rewards or a reward model of "
         f"steps, found {found}"

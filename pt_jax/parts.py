@@ -159,7 +159,10 @@ class ValueHead:
 
 @dataclasses.dataclass(frozen=True)
 class ModelReward:
-  """The reward of a model that an earlier `Reward` stage trained, beside that of the stack."""
+  """The reward of a model that an earlier `Reward` stage trained, beside that of the stack.
+
+  Held-out evaluations are judged by the stack alone.
+  """
 
   stage: str  # its name
   weight: float = 1.0  # multiplies the mean over its members

@@ -30,6 +30,7 @@ from pt_jax.experiment import (
   Reward,
   Stage,
   Supervised,
+  ValueHead,
 )
 from pt_jax.loops import preference, reward_model, supervised
 from pt_jax.loops.context import in_stage
@@ -73,7 +74,9 @@ def check_stage(
       _check_offline(stage, config, tokenizer, mesh)
     else:
       if isinstance(stage, Online | OnlinePreference):
-        stage.optimizer.transform(table)
+        head = isinstance(stage, Online) and isinstance(stage.critic, ValueHead)
+        extra = {heads.HEAD: heads.head_row(config)} if head else {}
+        stage.optimizer.transform({**table, **extra})
         _check_rows(stage.rows, stage.row_length, config, mesh)
       if isinstance(stage, Online):
         _check_online(stage, config, tokenizer, mesh)

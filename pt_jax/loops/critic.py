@@ -72,13 +72,16 @@ def explained_variance(episodes: Episodes, credit: Credit) -> float:
   """1 - Var(R - V) / Var(R) over the tokens, V before the update: 1 is perfect, 0 no better than a
   constant; 0 when all returns are equal."""
   assert episodes.values is not None
-  returns = credit.returns[episodes.mask].astype(np.float64)
-  error = returns - episodes.values[episodes.mask]
+  trained = episodes.mask & credit.trained[:, None]
+  returns = credit.returns[trained].astype(np.float64)
+  error = returns - episodes.values[trained]
+  if not returns.size:
+    return 0.0
   return share_explained(float(error.var()), float(returns.var()))
 
 
 def share_explained(error: float, variance: float) -> float:
-  """1 - error / variance; 0 without variance."""
+  """1 - variance of the error / variance of the returns; 0 without variance."""
   return 1 - error / variance if variance > 0 else 0.0
 
 

@@ -18,12 +18,18 @@ from pt_jax.rollout.rollouts import SamplingParams, StopReason
 
 
 def step_ends(judged: Judged, tokenizer: Tokenizer, mark: str) -> np.ndarray:
-  """[N, W] bool: tokens of completions whose text holds the mark, and the last token of each."""
+  """[N, W] bool: tokens of completions whose text holds the mark, and the last token of each.
+
+  A stop token right behind a mark is no step of its own: it belongs to the one before.
+  """
   rollouts = judged.rollouts
   tokens, drawn = np.asarray(rollouts.tokens), drawn_tokens(rollouts)
   marks = [t for t in np.unique(tokens[drawn]).tolist() if mark in tokenizer.decode([t])]
   last = np.arange(drawn.shape[1]) == np.asarray(rollouts.length)[:, None] - 1
-  return drawn & (np.isin(tokens, marks) | last)
+  marked = drawn & np.isin(tokens, marks)
+  stopped = (np.asarray(rollouts.stop) == StopReason.TOKEN)[:, None]
+  after_mark = np.pad(marked[:, :-1], ((0, 0), (1, 0)))
+  return marked | (drawn & last & ~(stopped & after_mark))
 
 
 def step_rewards(
@@ -68,10 +74,10 @@ def greedy_rewards(judge: Callable[..., Judged], judged: Judged, sampling: Sampl
   return greedy.rewards.total[index], sum(c.tokens for c in greedy.completions)
 
 
-def group_means(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
-  """[N], the mean reward of a completion's group: what its prompt is worth."""
+def prompt_values(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
+  """[N], what a completion's prompt is worth: the mean reward of the others of its group."""
   _, index, size = np.unique(groups, return_inverse=True, return_counts=True)
-  return (np.bincount(index, rewards) / size)[index]
+  return (np.bincount(index, rewards)[index] - rewards) / (size[index] - 1)
 
 
 def step_values(
@@ -90,7 +96,7 @@ def step_values(
   Args:
     judged: the completions whose steps are valued.
     ends: [N, W] bool, from `step_ends`.
-    engine: with the weights to sample from; its window must hold a row and `sampling.max_tokens`.
+    engine: with the weights to sample from; a completion ends where its window does.
     tokenizer, stack, sampling: as the completions were made.
     count: completions from each step.
     key: PRNG key.

@@ -21,7 +21,7 @@ from pt_jax.data.tasks import Problem
 from pt_jax.experiment import Critic, Online, ValueHead
 from pt_jax.loops import difficulty
 from pt_jax.loops import episodes as episode
-from pt_jax.loops.context import Context, abstract_state
+from pt_jax.loops.context import Context, abstract_state, in_stage
 from pt_jax.loops.critic import (
   CriticLoop,
   explained_variance,
@@ -68,7 +68,7 @@ def run_online(stage: Online, context: Context) -> tuple[Params, dict[str, float
   rewards that the stage cannot use.
   """
   loop = _Loop(stage, context)
-  with context.progress(stage.total, loop.start) as progress:
+  with context.progress(stage.total, loop.start) as progress, in_stage(stage.name):
     for step in range(loop.start, stage.total):
       loop.step(step, progress)
   return loop.policy_params, loop.finish()
@@ -102,10 +102,7 @@ class _Loop:
     if stage.reward_model is not None:
       self.reward_model = RewardModel(stage.reward_model, context, stage.rows, stage.row_length)
     self.start = self._start()
-    length = stage.row_length
-    if isinstance(stage.objective.advantage, MonteCarlo):
-      length += stage.sampling.max_tokens  # a step near the end is completed from there
-    self.engine = new_engine(context, self.policy_params, stage.slots, length, self.start)
+    self.engine = new_engine(context, self.policy_params, stage.slots, stage.row_length, self.start)
     if self.start == 0 and stage.pass_rate is not None:
       self.tokens = difficulty.sift(
         self.prompts, self.task.train, stage.pass_rate, context, self._judge
@@ -113,6 +110,7 @@ class _Loop:
     self._compile()
     self.results: dict[str, float] = {}
     self.pending: Pending | None = None
+    self._since = time.perf_counter()  # the last step was logged, or an evaluation or save was done
 
   @property
   def policy_params(self) -> Params:
@@ -164,31 +162,35 @@ class _Loop:
     )
     self._update = jax.jit(step, donate_argnums=0)
     self._score = jax.jit(functools.partial(policy.score, **shared))
+    if self._kl_in_reward and stage.objective.kl is not None:
+      estimate = functools.partial(kl_estimate, estimator=stage.objective.kl.estimator)
+      self._kl = jax.jit(jax.vmap(estimate))
     self._score_values = jax.jit(functools.partial(score_values, config=config))
 
   def step(self, step: int, progress: Progress) -> None:
     """Samples, judges, updates; logs what the step before measured."""
-    started = time.perf_counter()
+    started, before = time.perf_counter(), self.tokens
     judged, figures = self._rollouts(step)
-    self._flush(progress)
     sampled = time.perf_counter()
+    self._flush(progress)
     self.pending = self._learn(step, judged, figures)
     self.engine.update(self.policy_params, step + 1)
-    tokens = int(sum(c.tokens for c in judged.completions))
     figures |= rollout_metrics(judged) | {
       "rollout/tokens": float(self.tokens),
-      "perf/rollout_tokens_per_second": tokens / (sampled - started),
+      "perf/rollout_tokens_per_second": (self.tokens - before) / (sampled - started),
       "perf/rollout_seconds": sampled - started,
     }
     self._sample(step + 1, judged)
-    figures["perf/step_seconds"] = time.perf_counter() - started
     done, stage = step + 1, self.stage
-    if stage.evaluate_every and done % stage.evaluate_every == 0 and done < stage.total:
+    moved = done > stage.total - stage.steps  # not while only the critic learns
+    if stage.evaluate_every and done % stage.evaluate_every == 0 and moved and done < stage.total:
       self._flush(progress)
       self._evaluate(done)
+      self._since = time.perf_counter()
     if stage.checkpoint_every and done % stage.checkpoint_every == 0 and done < stage.total:
       self._flush(progress)
       self._save(done)
+      self._since = time.perf_counter()
     if done == stage.total:
       self._flush(progress)
 
@@ -282,7 +284,9 @@ class _Loop:
       figures["critic/explained_variance"] = explained_variance(episodes, credit)
     critic = self.critic.update(batches, self._order(step, 1)) if self.critic else []
     metrics = self._update_policy(step, batches) if step >= stage.total - stage.steps else []
-    variance = float(credit.returns[episodes.mask].var(dtype=np.float64))
+    figures["rollout/credited_reward"] = float(credit.rewards.mean())
+    trained = credit.returns[episodes.mask & credit.trained[:, None]]
+    variance = float(trained.var(dtype=np.float64)) if trained.size else 0.0
     return Pending(step + 1, metrics, critic, figures, variance)
 
   @property
@@ -317,11 +321,7 @@ class _Loop:
     if stage.critic is not None:
       known["values"] = join([batch.old_values for batch in batches])
     if self._kl_in_reward and objective.kl is not None:
-      old = join([batch.old_logprobs for batch in batches])
-      reference = join([batch.reference_logprobs for batch in batches])
-      estimator = objective.kl.estimator
-      kl = kl_estimate(*map(jnp.asarray, (old, reference, mask)), estimator=estimator)
-      known["kl"] = np.asarray(kl)
+      known["kl"] = join([self._kl(b.old_logprobs, b.reference_logprobs, b.mask) for b in batches])
     if isinstance(objective.advantage, Greedy):
       judge = functools.partial(self._judge, key=self.context.key("greedy", step))
       known["greedy"], tokens = episode.greedy_rewards(judge, judged, stage.sampling)
@@ -355,7 +355,7 @@ class _Loop:
       key=self.context.key("steps", step),
     )
     self.tokens += tokens
-    prompts = episode.group_means(judged.rewards.total, judged.groups)
+    prompts = episode.prompt_values(judged.rewards.total, judged.groups)
     return {"step_ends": ends, "step_values": values, "prompt_values": prompts}
 
   def _order(self, step: int, network: int) -> np.random.Generator:
@@ -391,17 +391,16 @@ class _Loop:
     step, updates, of_critic, figures, variance = self.pending
     self.pending = None
     measured, critic = jax.device_get((updates, of_critic))
+    now = time.perf_counter()
+    figures["perf/step_seconds"], self._since = now - self._since, now
     metrics = _averaged(measured) | _averaged(critic)
     last = (critic or measured)[-self.stage.minibatches :]
     if "critic/error" in metrics:
-      error = float(np.mean([m["critic/error"] for m in last]))
-      metrics["critic/explained_variance_after"] = share_explained(error, variance)
+      error, bias = (float(np.mean([m[f"critic/{x}"] for m in last])) for x in ("error", "bias"))
+      metrics["critic/explained_variance_after"] = share_explained(error - bias**2, variance)
     if measured:
       metrics["policy/epochs"] = len(measured) / self.stage.minibatches
-    try:
-      check_finite(metrics, step)
-    except ValueError as error:
-      raise ValueError(f"stage {self.stage.name}: {error}") from error
+    check_finite(metrics, step)
     self._control(metrics)
     self.context.stage.log(step, metrics | figures)
     shown = {"entropy": "policy/entropy", "gap": "rollout/logprob_gap_max"}

@@ -189,12 +189,6 @@ def pack_rollouts(rollouts: Rollouts, rows: int, row_length: int) -> Packed:
   return Packed(plan, drawn, jax.tree.map(lambda x: x.reshape(shape), batch))
 
 
-def pack_policy(judged: Judged, credit: Credit, rows: int, row_length: int) -> PolicyBatch:
-  """`pack_rollouts` with the credit that was assigned to them."""
-  packed = pack_rollouts(judged.rollouts, rows, row_length)
-  return dataclasses.replace(packed.batch, **cast(Any, packed.fields(credit)))
-
-
 def rollout_metrics(judged: Judged) -> dict[str, float]:
   """Reward in total and by component, lengths and stop reasons of completions."""
   lengths = np.array([c.tokens for c in judged.completions])

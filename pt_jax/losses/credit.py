@@ -77,8 +77,8 @@ def assign_credit(
     kl_coefficient: of a KL in the reward, where a controller moves it; None: the objective's.
 
   Raises:
-    ValueError: for rewards that are not finite, shapes that differ, or a field that the objective
-      needs and that is None.
+    ValueError: for rewards, baselines or values that are not finite, shapes that differ, or a
+      field that the objective needs and that is None.
   """
   rewards = np.asarray(episodes.rewards, np.float32)
   mask, trained = _check(episodes, objective), ~np.asarray(episodes.truncated, bool)
@@ -127,6 +127,10 @@ def _check(episodes: Episodes, objective: Objective) -> np.ndarray:
       raise ValueError(f"episodes.{field.name}: the objective needs it, found None")
     if value is not None and np.shape(value) != shape:
       raise ValueError(f"episodes.{field.name}: expected {shape}, found {np.shape(value)}")
+    if value is not None and field.name in needed:
+      inside = np.asarray(value)[mask if shape == mask.shape else slice(None)]
+      if not np.isfinite(inside).all():
+        raise ValueError(f"episodes.{field.name}: expected finite numbers, found {inside}")
   return mask
 
 

@@ -4,16 +4,12 @@
 the step.
 """
 
-import typing
-
 import chex
 import jax
 import jax.numpy as jnp
 
 from pt_jax.losses.options import Estimator, KlController
 from pt_jax.losses.ratio import log_ratio
-
-ESTIMATORS: tuple[str, ...] = typing.get_args(Estimator)
 
 
 def kl_estimate(

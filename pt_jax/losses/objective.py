@@ -55,12 +55,24 @@ class Objective:
     check("positive_nll", self.positive_nll, self.positive_nll >= 0, "a number >= 0")
     if isinstance(self.advantage, MonteCarlo):
       check("process", self.process, self.process is None, "None beside MonteCarlo's own steps")
+      check(
+        "overlong", self.overlong, self.overlong is None, "None: values of steps have no penalty"
+      )
+      where = self.kl.where if self.kl is not None else "loss"
+      check("kl.where", where, where == "loss", "loss: values of steps have no KL")
     reduce.check_reduction(self.reduction, self.constant_length)
 
   @property
   def has_critic(self) -> bool:
     """Whether the advantages need a critic's values."""
     return isinstance(self.advantage, Gae)
+
+  @property
+  def compares(self) -> bool:
+    """Whether the completions of a prompt are compared, so that one alone would teach nothing."""
+    kind = self.advantage
+    grouped = isinstance(kind, GroupRelative | LeaveOneOut | MonteCarlo)
+    return grouped or (isinstance(kind, Returns) and kind.baseline) or self.filters.zero_variance
 
   @property
   def has_steps(self) -> bool:
@@ -179,7 +191,11 @@ def reinforce_plus_plus(*, baseline: bool = False) -> Objective:
 
 
 def remax() -> Objective:
-  """REINFORCE with the reward of the greedy completion as baseline (arXiv 2310.10505)."""
+  """REINFORCE with the reward of the greedy completion as baseline (arXiv 2310.10505).
+
+  Each completion is divided by its length; with `ratio="product"` it is the paper's sum over
+  tokens. The KL is taken off the reward of the whole completion, as in `rloo`.
+  """
   return Objective(advantage=Greedy(), kl=Kl(0.05, "k1", where="reward"), reduction="segment_mean")
 
 

@@ -64,7 +64,7 @@ class Gae:
   """Generalized advantage estimation with a critic; see `gae.generalized_advantage`."""
 
   gamma: float = 1.0  # discount per token
-  lam: float = 0.95  # of the advantages
+  lam: float = 0.95  # of the advantages, and of the returns unless they have their own
   critic_lam: float | None = None  # of the returns that the critic learns (VAPO: 1.0); None: lam
   adaptive: float | None = None  # alpha of VAPO's lam = 1 - 1 / (alpha * length), replaces lam
   whiten: bool = True
@@ -165,6 +165,8 @@ class KlController:
   def __post_init__(self):
     check("kl.controller.target", self.target, self.target > 0, "a number > 0")
     check("kl.controller.gain", self.gain, self.gain > 0, "a number > 0")
+    read = self.rule == "proportional" or self.gain == 0.1
+    check("kl.controller.gain", self.gain, read, "the default: the threshold rule does not read it")
     check_choice("kl.controller.rule", self.rule, ("proportional", "threshold"))
 
 

@@ -27,7 +27,7 @@ def value_loss(
 
   Returns:
     loss [B, S], 0 outside the mask and not weighted by it, and metrics of the same shape, to be
-    reduced by `token_mean`: `value`, `error` = (v - R)^2, and `clip_fraction`.
+    reduced by `token_mean`: `value`, `bias` = v - R, `error` = (v - R)^2, and `clip_fraction`.
 
   Source: the code of arXiv 1707.06347 (openai/baselines); arXiv 2006.05990, decision C13.
   """
@@ -44,5 +44,5 @@ def value_loss(
     near = jnp.where(jnp.abs(moved) > clip, old_values + jnp.sign(moved) * clip, values)
     other = jnp.square(near - returns)
     loss, clipped = 0.5 * jnp.maximum(error, other), (other > error).astype(jnp.float32)
-  metrics = {"value": values, "error": error, "clip_fraction": clipped}
+  metrics = {"value": values, "bias": values - returns, "error": error, "clip_fraction": clipped}
   return loss, jax.lax.stop_gradient(metrics)

@@ -189,7 +189,7 @@ def policy_step(
 
   grads, value, sums = updater.accumulate(loss, state.params, batch, count)
   metrics = means(sums) | {"loss": value.mean()}
-  weight = value.weight
+  weight = jnp.where(value.weight == 0, 1, value.weight)  # no token of a whole batch is trained
   if pairs is not None and mixed is not None:
     preferred, alpha = mixed
     of_pairs = functools.partial(preference_objective, config=config, objective=preferred)

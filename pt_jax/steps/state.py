@@ -78,9 +78,11 @@ class Updater(NamedTuple):
     Args:
       state: the state before.
       grads: sums over all microbatches, float32.
-      weight: [] what the objective is averaged over.
+      weight: [] what the objective is averaged over; 0 where nothing was trained, and the gradients
+        are 0 then.
     """
     to_optimizer = lambda tree: weights.reshard(tree, self.table, self.layout.optimizer)
+    weight = jnp.where(weight == 0, 1, weight)
     grads = jax.tree.map(lambda g: g / weight, to_optimizer(grads))
     norm = optax.global_norm(grads)
     clip = jnp.minimum(1.0, self.optimizer.clip_norm / (norm + 1e-9))

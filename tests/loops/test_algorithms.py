@@ -9,10 +9,11 @@ import itertools
 import numpy as np
 import pytest
 
-from pt_jax.experiment import Critic, Steps, ValueHead
+from pt_jax.experiment import Critic, ModelReward, Steps, ValueHead
 from pt_jax.loops import episodes, online, pipeline
 from pt_jax.losses import objective
 from pt_jax.losses.options import Correction, KlController
+from pt_jax.rollout.rollouts import StopReason
 from pt_jax.steps.optimizer import AdamW
 from tests.loops import letters
 from tests.loops.runs import Interrupted, bits, logged, run
@@ -68,7 +69,13 @@ ALWAYS = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+SHORT = ("ppo", "vapo", "remax", "vine_ppo", "process", "exact kl, corrected", "value head")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS],
+)
 def test_every_preset_runs(name, tmp_path):
   chosen, options = PRESETS[name]
   stage = letters.stage(steps=2, objective=chosen, evaluate_problems=4, **options)
@@ -192,7 +199,9 @@ def test_steps_are_where_the_mark_is(tmp_path, monkeypatch):
   rollouts = judged.rollouts
   drawn, prefixes = given.mask, []
   last = np.arange(drawn.shape[1]) == rollouts.length[:, None] - 1
-  assert (ends == (drawn & ((rollouts.tokens == 2) | last))).all()
+  marked = drawn & (rollouts.tokens == 2)
+  stopped = (rollouts.stop == StopReason.TOKEN)[:, None] & np.pad(marked[:, :-1], ((0, 0), (1, 0)))
+  assert (ends == (marked | (drawn & last & ~stopped))).all()
   for row, place in np.argwhere(ends & ~last):
     prefixes += [
       letters.Letters().decode(rollouts.tokens[row, rollouts.prompt_length[row] : place + 1])
@@ -202,7 +211,8 @@ def test_steps_are_where_the_mark_is(tmp_path, monkeypatch):
     assert completion.text.startswith(prefixes[i // 3])
   totals = np.float32([letters.has_a(c) + 0.5 * letters.share_of_a(c) for c in completions])
   np.testing.assert_allclose(values[ends & ~last], totals.reshape(-1, 3).mean(1), rtol=1e-5)
-  groups = judged.rewards.total.reshape(4, 8).mean(1).repeat(8)
+  total = judged.rewards.total.reshape(4, 8)
+  groups = ((total.sum(1, keepdims=True) - total) / 7).ravel()  # the others of the group
   first = drawn.argmax(1)
   after = np.where(
     (ends & ~last).any(1), values[np.arange(32), (ends & ~last).argmax(1)], judged.rewards.total
@@ -236,6 +246,15 @@ def test_step_rewards_of_another_number_are_named(tmp_path):
         "steps_of": Steps(),
       },
       "objective.process: expected steps_of.rewards or a reward model of steps, found neither",
+    ),
+    ({"group_size": 1}, "group_size: expected at least 2, since the objective compares the"),
+    (
+      {"objective": objective.dapo(8, 4), "reward_model": ModelReward("rm")},
+      "reward_model: expected none with MonteCarlo or filters.zero_variance",
+    ),
+    (
+      {"objective": objective.vine_ppo(), "steps_of": Steps("b", share_of_each)},
+      "steps_of.rewards: only objective.process reads them",
     ),
     ({"stop_kl": 0.1}, "stop_kl: expected a number > 0 and several epochs, found 0.1 and 1"),
     (

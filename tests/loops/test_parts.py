@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pt_jax import parts
+from pt_jax.data.mixtures import Mixture
 from pt_jax.data.pipeline import Layout
 from pt_jax.loops import pipeline
 from pt_jax.losses import objective
@@ -35,7 +36,7 @@ def stage(chosen=None, **changes) -> letters.Online:
 def more_pairs(tokenizer) -> parts.ComparisonData:
   """The same rows in another order."""
   made = pairs(tokenizer)
-  return dataclasses.replace(made, train=dataclasses.replace(made.train, seed=1))
+  return dataclasses.replace(made, train=Mixture(made.train.sources, seed=1))
 
 
 def longest(completion, texts):

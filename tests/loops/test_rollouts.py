@@ -10,7 +10,6 @@ from pt_jax.experiment import Problems
 from pt_jax.loops.rollouts import (
   concatenate,
   generate_and_judge,
-  pack_policy,
   pack_rollouts,
   rollout_metrics,
   sample_rows,
@@ -119,6 +118,12 @@ def test_parts_of_different_width_join_and_come_apart():
 
 
 FIELDS = ("advantages", "returns", "positive")
+
+
+def pack_policy(judged, credit, rows, row_length):
+  """The batch of completions with the credit that was assigned to them."""
+  packed = pack_rollouts(judged.rollouts, rows, row_length)
+  return packed.batch.replace(**packed.fields(credit))
 
 
 def test_packing_keeps_every_token_with_its_own_numbers():

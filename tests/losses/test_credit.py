@@ -156,7 +156,7 @@ def test_equal_rewards_and_groups_of_one_give_nothing():
   """Whatever compares completions; a return that is whitened as well, since all are equal."""
   equal = dataclasses.replace(PLAIN, rewards=np.full(4, 0.3), greedy=np.full(4, 0.3))
   lone = dataclasses.replace(PLAIN, groups=np.arange(4))
-  for kind in (GroupRelative(), LeaveOneOut(), Returns(), Returns(baseline=True)):
+  for kind in (GroupRelative(), LeaveOneOut(), Greedy(), Returns(), Returns(baseline=True)):
     given = _given(Objective(advantage=kind), equal)
     np.testing.assert_allclose(given.advantages, 0, atol=1e-6)
   for kind in (GroupRelative(), LeaveOneOut(), Returns(baseline=True)):
@@ -188,6 +188,16 @@ def test_what_is_missing_is_named(chosen, field):
   values = np.zeros(MASK.shape) if field == "kl" else None
   with pytest.raises(ValueError, match=rf"episodes\.{field}.*: the objective needs it, found None"):
     _given(chosen, values=values)
+
+
+@pytest.mark.parametrize(
+  "chosen, field", [(objective.ppo(), "kl"), (Objective(advantage=Gae()), "values")]
+)
+def test_what_is_not_finite_is_named(chosen, field):
+  fields = {"kl": np.zeros(MASK.shape), "values": np.zeros(MASK.shape)}
+  fields[field] = np.where(MASK, np.nan, 0.0)
+  with pytest.raises(ValueError, match=rf"episodes\.{field}: expected finite numbers"):
+    _given(chosen, **fields)
 
 
 def test_shapes_are_named():

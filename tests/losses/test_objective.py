@@ -43,7 +43,7 @@ OTHERS = {
   (Objective, "surrogate"): (BASE, Sapo()),
   (Objective, "kl"): (BASE, None),
   (Objective, "entropy"): (BASE, 0.1),
-  (Objective, "positive_nll"): (BASE, 0.1),
+  (Objective, "positive_nll"): None,  # a term of the step: tests/steps/test_critic.py
   (Objective, "correction"): (BASE, Correction()),
   (Objective, "reduction"): (BASE, "token_mean"),
   (Objective, "constant_length"): (_base(reduction="constant", constant_length=8), 9),
@@ -60,7 +60,7 @@ OTHERS = {
   (Gae, "critic_lam"): (_base(advantage=Gae()), 1.0),
   (Gae, "adaptive"): (_base(advantage=Gae()), 0.5),
   (Gae, "whiten"): (_base(advantage=Gae()), False),
-  (MonteCarlo, "rollouts"): None,  # read by the loop, which samples: tests/loops/test_steps.py
+  (MonteCarlo, "rollouts"): None,  # read by the loop, which samples: tests/loops/test_algorithms.py
   (Process, "weight"): (_base(process=Process()), 0.5),
   (Process, "outcome_weight"): (_base(process=Process()), 0.5),
   (Clip, "low"): (BASE, 0.1),
@@ -147,8 +147,7 @@ def _behaviour(chosen: Objective) -> np.ndarray:
   value, gradient = layouts.value_and_gradient(batch, chosen)
   controller = chosen.kl.controller if chosen.kl else None
   coefficient = kl.adapted(0.3, 0.11, controller) if controller else 0.3
-  nll = chosen.positive_nll * given.positive  # its gradient: tests/steps/test_policy.py
-  parts = (kept, given.rewards, given.returns, nll, [value, coefficient], gradient)
+  parts = (kept, given.advantages, given.returns, [value, coefficient], gradient)
   return np.concatenate([np.ravel(x).astype(np.float64) for x in parts])
 
 
@@ -238,6 +237,12 @@ def test_objectives_can_be_static_arguments():
     (lambda: Kl(importance_weighted=True, where="reward"), "importance_weighted: expected False"),
     (lambda: Kl(where="x"), "kl.where: expected one of loss, reward, found 'x'"),
     (lambda: Clip(dual=1.1), "clip.dual: expected a number > 1 \\+ high = 1.2, found 1.1"),
+    (lambda: KlController(1, "threshold", 0.2), "gain: expected the default: the threshold rule"),
+    (lambda: Objective(advantage=MonteCarlo(), overlong=Overlong(8, 4)), "overlong: expected None"),
+    (
+      lambda: Objective(advantage=MonteCarlo(), kl=Kl(0.1, where="reward")),
+      "kl.where: expected loss: values of steps have no KL",
+    ),
     (lambda: Cispo(low=1.0), r"cispo.low: expected a number in \[0, 1\), found 1.0"),
     (lambda: Cispo(high=0.9), "cispo.high: expected a number > 1, found 0.9"),
     (lambda: Sapo(positive=0), "sapo.positive: expected a number > 0, found 0"),

@@ -90,6 +90,15 @@ def test_microbatches_of_the_critic(microbatches):
     close(other_metrics[name], value, err_msg=name)
 
 
+def test_a_batch_without_a_trained_token_leaves_the_critic_alone():
+  state = jax.jit(CRITIC.create)(critic_params())
+  step = jax.jit(functools.partial(value_step, config=tiny.MODEL, updater=CRITIC, clip=CLIP))
+  nothing = np.zeros_like(tiny.fields()["mask"])
+  after, metrics = step(state, tiny.batch(PolicyBatch, mask=nothing))
+  jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+  assert all(np.isfinite(value) for value in metrics.values())
+
+
 ALL = objective.Objective(
   advantage=objective.Gae(),
   kl=objective.Kl(0.2, "exact"),

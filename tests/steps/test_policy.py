@@ -159,6 +159,15 @@ def test_empty_microbatches_are_not_computed():
   assert not scores[2:].any()
 
 
+def test_a_batch_without_a_trained_token_changes_nothing():
+  """All completions of a minibatch were cut: the gradient is 0, not 0 / 0."""
+  nothing = np.zeros_like(tiny.fields()["mask"])
+  for algorithm in (GRPO, objective.dapo(9, 3)):
+    state, metrics = run(tiny.batch(PolicyBatch, mask=nothing), algorithm)
+    jax.tree.map(np.testing.assert_array_equal, state.params, tiny.state().params)
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
 def test_what_stands_outside_the_mask_is_not_read():
   fields = tiny.fields()
   untrained = fields["mask"] == 0
