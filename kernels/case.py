@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# The name of a chip -> a function of arrays, and the `jax.ShapeDtypeStruct`s that it is called with.
+# The name of a chip -> a function of arrays and the `jax.ShapeDtypeStruct`s that it is called with.
 Program = Callable[[str], tuple[Callable[..., Any], tuple[Any, ...]]]
 
 
