@@ -6,6 +6,10 @@
 The cold start, the problems and the rewards are those of `experiments.arithmetic`. At every step
 the policy answers 24 problems 8 times; the verifier orders the answers to a problem, and the best
 stands against the worst (DPO, IPO), or each is right or wrong (KTO).
+
+Seen on a 2-core CPU, seed 0, 512 held-out problems: pass@1 0.414 after the cold start, then 0.762
+with dpo, 0.756 with ipo, 0.783 with kto (greedy 0.508, then 0.902, 0.912, 0.920). From a cold start
+that is there the 25 steps take 41 s, 40 s and 1m48s.
 """
 
 import dataclasses
