@@ -171,7 +171,7 @@ def _backward(features, offset, saved, cotangents):
       d_sinks.append(-share.reshape(*share.shape[:2], -1, length).sum((0, 3)).reshape(-1))
   dq = jnp.concatenate(dq[::-1], axis=1)
   dk, dv = dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
-  d_sinks = None if sinks is None else sum(d_sinks).astype(sinks.dtype)
+  d_sinks = None if sinks is None else jnp.stack(d_sinks).sum(0).astype(sinks.dtype)
   return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_sinks, None
 
 
