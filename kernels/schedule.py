@@ -7,9 +7,9 @@
 
 Needs libtpu and no TPU. A row is a case on a chip; "a + b" are the kernels of a case. cycles: of a
 turn of the main loop that does the work; MXU, VALU: share of those cycles in which the unit is
-busy; spills: stores and loads of registers in the listing; core: estimate for one device; HBM:
-arguments and results once; roofline: useful FLOPs at the peak; bound: roofline over the larger of
-core and HBM.
+busy; spills: stores and loads of registers in the listing; core: estimate of a call on one device;
+XLA: what the compiler's cost model says of what is no kernel; HBM: arguments and results once;
+roofline: useful FLOPs at the peak; bound: roofline over the larger of core + XLA and HBM.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from kernels.aot import budget, compiler, figures
 
 PEERS = "kernels.aot.peers"
 HEADINGS = ("case", "chip", "compile s", "cycles", "MXU", "VALU", "spills st/ld", "VMEM MiB")
-HEADINGS += ("core us", "HBM us", "roofline us", "bound")
+HEADINGS += ("core us", "XLA us", "HBM us", "roofline us", "bound")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,10 +86,11 @@ def row(job: compiler.Job, result: dict[str, Any]) -> list[str]:
   chip, case = chips.get(job.chip), compiler.cases(job.module)[job.case]
   kernels = [figures.Figures(**kernel) for kernel in result["kernels"]]
   plus = lambda texts: " + ".join(texts) or "-"
-  core = figures.seconds(kernels, result["xla_cycles"], chip)
+  core, xla = figures.seconds(kernels, chip), result["xla_cycles"] / chip.clock
   hbm = figures.memory_seconds(result["arguments"] + result["results"], chip)
   roofline = figures.roofline(case.flops, chip)
-  bound = f"{roofline / max(core, hbm):.1%}" if core and case.flops else "?"
+  known = core is not None and case.flops
+  bound = f"{roofline / max(core + xla, hbm):.1%}" if known else "?"
   return [
     name,
     job.chip,
@@ -99,7 +100,8 @@ def row(job: compiler.Job, result: dict[str, Any]) -> list[str]:
     plus(f"{kernel.vector:.0%}" for kernel in kernels),
     plus(f"{kernel.spills}/{kernel.fills}" for kernel in kernels),
     plus(f"{kernel.vmem / chips.MIB:.1f}" for kernel in kernels),
-    f"{1e6 * core:.0f}" if core else "?",
+    f"{1e6 * core:.0f}" if core is not None else "?",
+    f"{1e6 * xla:.0f}",
     f"{1e6 * hbm:.0f}",
     f"{1e6 * roofline:.0f}",
     bound,

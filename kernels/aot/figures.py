@@ -145,11 +145,11 @@ class _Model:
     return main
 
 
-def seconds(kernels: Sequence[Figures], xla_cycles: float, chip: Chip) -> float | None:
-  """Of the cores of a device for a program; None where turns of a loop are not known."""
+def seconds(kernels: Sequence[Figures], chip: Chip) -> float | None:
+  """That a device takes for kernels; None where turns of a loop are not known."""
   if any(figures.unknown for figures in kernels):
     return None
-  return (sum(figures.cycles for figures in kernels) + xla_cycles) / chip.clock
+  return sum(figures.cycles for figures in kernels) / chip.clock
 
 
 def roofline(flops: float, chip: Chip) -> float:

@@ -22,7 +22,7 @@ def live(query_block: int, key_block: int) -> float:
   return sum(j * key_block < end for end in ends for j in range(keys)) / (queries * keys)
 
 
-def with_gradient(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+def with_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
   """Gradients of the sum of what it returns."""
   total = lambda *arguments: function(*arguments).astype(jnp.float32).sum()
   return jax.grad(total, (0, 1, 2))
@@ -57,14 +57,14 @@ def jax_splash(block: int, gradient: bool = False) -> Program:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv")
-    sizes = dict.fromkeys((*names, "block_kv_dkv_compute"), block)
-    attend = splash.make_splash_mha(
+    sizes: dict[str, Any] = dict.fromkeys((*names, "block_kv_dkv_compute"), block)
+    kernel: Callable[..., Any] = splash.make_splash_mha(
       masks.MultiHeadMask([masks.CausalMask((LENGTH, LENGTH))] * HEADS),
       head_shards=1,
       q_seq_shards=1,
       block_sizes=splash.BlockSizes(use_fused_bwd_kernel=True, **sizes),
     )
-    attend = jax.vmap(attend)
+    attend = lambda q, k, v: jax.vmap(kernel)(q, k, v)
     return with_gradient(attend) if gradient else attend, _heads_first()
 
   return program
@@ -79,7 +79,8 @@ def jax_ragged(sequences: int, new: int, length: int, query_heads: int) -> Progr
 
     page, key_heads = 16, 8
     pages = length // page
-    of = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)
+    states = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    counts = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     attend = functools.partial(
       ragged.ragged_paged_attention,
       sm_scale=WIDTH**-0.5,
@@ -87,12 +88,12 @@ def jax_ragged(sequences: int, new: int, length: int, query_heads: int) -> Progr
       num_queries_per_block=min(128, max(32, new)),
     )
     arguments = (
-      of(sequences * new, query_heads, WIDTH, dtype=jnp.bfloat16),
-      of(sequences * pages, page, 2 * key_heads, WIDTH, dtype=jnp.bfloat16),
-      of(sequences),
-      of(sequences, pages),
-      of(sequences + 1),
-      of(1),
+      states(sequences * new, query_heads, WIDTH),
+      states(sequences * pages, page, 2 * key_heads, WIDTH),
+      counts(sequences),
+      counts(sequences, pages),
+      counts(sequences + 1),
+      counts(1),
     )
     return attend, arguments
 

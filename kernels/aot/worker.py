@@ -62,7 +62,8 @@ def compiled(job: compiler.Job, dumps: Path | None) -> dict[str, Any]:
     here = jax.sharding.SingleDeviceSharding(device)
     on_device = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
     program = jax.jit(function).lower(*jax.tree.map(on_device, arguments)).compile()
-  memory = program.memory_analysis()
+  memory, text = program.memory_analysis(), program.as_text()
+  assert memory is not None and text is not None  # libtpu gives both
   result: dict[str, Any] = {
     "seconds": time.perf_counter() - begin,
     "arguments": memory.argument_size_in_bytes,
@@ -70,7 +71,7 @@ def compiled(job: compiler.Job, dumps: Path | None) -> dict[str, Any]:
     "temporary": memory.temp_size_in_bytes,
   }
   if dumps is not None:
-    result |= schedules(program.as_text(), case, dumps)
+    result |= schedules(text, case, dumps)
     for path in dumps.iterdir():  # hundreds of megabytes for a large kernel
       shutil.rmtree(path) if path.is_dir() else path.unlink()
   return result
