@@ -227,7 +227,7 @@ def _prefill(w: Params, state: Slots, fill: Fill, *, config: ModelConfig) -> Slo
   positions = jax.reshard(index, USE.spec("batch", "seq"))
   length = jax.reshard(fill.length, USE.spec("batch"))
   segments = jnp.where(positions < length[:, None], 0, -1)
-  packed = decoder.attend_packed(config, positions, segments)
+  packed = decoder.attend_packed(config, segments)
 
   def attend(_: int) -> decoder.Attend:
     return lambda q, k, v: (packed(q, k, v)[0], (k, v))
