@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -136,6 +137,33 @@ def test_the_platform_is_left_alone_where_it_is_chosen(monkeypatch):
   monkeypatch.setenv("JAX_PLATFORMS", "tpu")
   host.choose_platform()
   assert jax.config.jax_platforms == before
+
+
+def test_an_accelerator_is_left_to_jax(monkeypatch):
+  before = jax.config.jax_platforms
+  monkeypatch.delenv("JAX_PLATFORMS")
+  monkeypatch.setattr(host, "ACCELERATORS", ("null",))  # /dev/null is there everywhere
+  assert host.choose_platform() == ""
+  assert jax.config.jax_platforms == before
+
+
+@pytest.mark.skipif(
+  any(Path("/dev", name).exists() for name in host.ACCELERATORS), reason="has an accelerator"
+)
+def test_without_an_accelerator_nobody_looks_for_a_tpu():
+  """In a process of its own: libtpu, which compiles for TPUs, is not loaded and says nothing."""
+  program = """
+from pathlib import Path
+from launch import host
+chosen = host.choose_platform()
+import jax
+print(chosen, jax.default_backend(), "libtpu.so" in Path("/proc/self/maps").read_text())
+"""
+  environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+  found = subprocess.run(
+    [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+  )
+  assert (found.stdout.split(), found.stderr) == (["cpu", "cpu", "False"], "")
 
 
 @pytest.mark.parametrize(
