@@ -151,6 +151,8 @@ class Engine:
       raise ValueError(f"generate: expected prompts and n >= 1, found {len(prompts)} and n = {n}")
     if sampling.stop_strings and self._detokenizer is None:
       raise ValueError("generate: stop strings need an engine with a detokenizer")
+    if sampling.constraint or sampling.top_logprobs:
+      raise ValueError("generate: this engine knows no constraint and no top_logprobs")
     for i, prompt in enumerate(prompts):
       if not 0 < len(prompt) < self.max_length:
         raise ValueError(
