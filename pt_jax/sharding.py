@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, Mesh
 
+from kernels import chip as chips
+
 P = jax.P
 MESH_AXES = ("data", "context", "expert", "tensor")
 MeshAxes = str | tuple[str, ...] | None
@@ -119,6 +121,13 @@ def make_mesh(
     )
   kinds = (AxisType.Explicit,) * len(MESH_AXES)
   return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
+
+
+def chip() -> str | None:
+  """The TPU of the mesh in context, a name of `kernels.chip.CHIPS` that kernels are compiled for.
+  None for any other device."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return None if device is None else chips.of_kind(device.device_kind)
 
 
 def check_divides(name: str, shape: Sequence[int], axes: Axes, rules: Rules, mesh: Mesh) -> None:
