@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.lax import div, rem  # `//` asks which TPU this process has
 
 from kernels import attention_tile
 from kernels.flash_attention import tiles as tiling
@@ -85,16 +86,18 @@ def backward(
     by_keys=True,
   )
   rows = keys // tiles.k_block
-  q_map = lambda g, i, r, row, other, *_: (row[i] // rows, g * share + r, 0, other[i])
-  k_map = lambda g, i, r, row, *_: (row[i] // rows, g, row[i] % rows, 0)
-  k_column_map = lambda g, i, r, row, *_: (row[i] // rows, g, 0, row[i] % rows)
+  q_map = lambda g, i, r, row, other, *_: (div(row[i], rows), g * share + r, 0, other[i])
+  k_map = lambda g, i, r, row, *_: (div(row[i], rows), g, rem(row[i], rows), 0)
+  k_column_map = lambda g, i, r, row, *_: (div(row[i], rows), g, 0, rem(row[i], rows))
   per_query = lambda size: pl.BlockSpec((None, None, size, tiles.q_block), q_map)
   per_key = lambda size: pl.BlockSpec((None, None, tiles.k_block, size), k_map)
   columns = lambda size: pl.BlockSpec((None, None, size, tiles.k_block), k_column_map)
   ids = lambda block, where: pl.BlockSpec((None, 1, block), where)
   in_specs = Inputs(
-    q_segments=ids(tiles.q_block, lambda g, i, r, row, other, *_: (row[i] // rows, 0, other[i])),
-    k_segments=ids(tiles.k_block, lambda g, i, r, row, *_: (row[i] // rows, 0, row[i] % rows)),
+    q_segments=ids(tiles.q_block, lambda g, i, r, row, other, *_: (div(row[i], rows), 0, other[i])),
+    k_segments=ids(
+      tiles.k_block, lambda g, i, r, row, *_: (div(row[i], rows), 0, rem(row[i], rows))
+    ),
     q=per_query(width),
     d_out=per_query(value_width),
     lse=per_query(1),
@@ -155,11 +158,13 @@ def _kernel(row, other, flags, offset, *refs, features, tiles, rows, share, scal
   @pl.when(flag & (FULL | PARTIAL | DIAGONAL) != 0)
   def _():
     queries = pl.ds(pl.multiple_of(other[i] * tiles.q_block, tiles.q_block), tiles.q_block)
-    block = dq_hbm.at[row[i] // rows, g * share + r, :, queries]
+    block = dq_hbm.at[div(row[i], rows), g * share + r, :, queries]
     before = jnp.maximum(i - 1, 0)
-    again = (row[before] // rows == row[i] // rows) & (other[before] == other[i]) & (share == 1)
+    again = (
+      (div(row[before], rows) == div(row[i], rows)) & (other[before] == other[i]) & (share == 1)
+    )
     _fetch(exchange, block, again)
-    first = offset[0] + other[i] * tiles.q_block - (row[i] % rows) * tiles.k_block
+    first = offset[0] + other[i] * tiles.q_block - (rem(row[i], rows)) * tiles.k_block
     sums.dq[...] = jnp.zeros(sums.dq.shape, jnp.float32)
     for kind, start in ((FULL, None), (PARTIAL, first), (DIAGONAL, 0)):
       if kind != DIAGONAL or tiling.has_diagonal(features, tiles):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.lax import div, rem  # `//` asks which TPU this process has
 
 from kernels import attention_tile
 from kernels.flash_attention import tiles as tiling
@@ -53,16 +54,16 @@ def forward(
     q_segments, k_segments, q_offset, features, tiles.q_block, tiles.k_block, by_keys=False
   )
   rows = queries // tiles.q_block
-  q_map = lambda h, i, row, other, *_: (row[i] // rows, h, 0, row[i] % rows)
+  q_map = lambda h, i, row, other, *_: (div(row[i], rows), h, 0, rem(row[i], rows))
   per_query = lambda size: pl.BlockSpec((None, None, size, tiles.q_block), q_map)
-  k_map = lambda h, i, row, other, *_: (row[i] // rows, h // share, other[i], 0)
-  v_map = lambda h, i, row, other, *_: (row[i] // rows, h // share, 0, other[i])
+  k_map = lambda h, i, row, other, *_: (div(row[i], rows), div(h, share), other[i], 0)
+  v_map = lambda h, i, row, other, *_: (div(row[i], rows), div(h, share), 0, other[i])
   in_specs = [
     pl.BlockSpec(
-      (None, 1, tiles.q_block), lambda h, i, row, *_: (row[i] // rows, 0, row[i] % rows)
+      (None, 1, tiles.q_block), lambda h, i, row, *_: (div(row[i], rows), 0, rem(row[i], rows))
     ),
     pl.BlockSpec(
-      (None, 1, tiles.k_block), lambda h, i, row, other, *_: (row[i] // rows, 0, other[i])
+      (None, 1, tiles.k_block), lambda h, i, row, other, *_: (div(row[i], rows), 0, other[i])
     ),
     per_query(width),
     pl.BlockSpec((None, None, tiles.k_block, width), k_map),
@@ -107,7 +108,7 @@ def _kernel(row, other, flags, offset, q_ids, k_ids, q, k, v, *refs, features, t
     total[...] = jnp.full(total.shape, 0.0 if sink is None else 1.0, jnp.float32)
     acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
-  first = offset[0] + (row[i] % rows) * tiles.q_block - other[i] * tiles.k_block
+  first = offset[0] + (rem(row[i], rows)) * tiles.q_block - other[i] * tiles.k_block
   walk = functools.partial(_walk, q_ids, k_ids, q, k, v, top, total, acc, features, tiles)
   for kind, start in ((FULL, None), (PARTIAL, first), (DIAGONAL, 0)):
     if kind != DIAGONAL or tiling.has_diagonal(features, tiles):
