@@ -9,6 +9,7 @@ docs/serving.md says what it answers.
 import asyncio
 import dataclasses
 import logging
+import socket
 import sys
 import traceback
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from pt_jax.serve.protocol import MOST_LOGPROBS, Limits
 from pt_jax.serve.score import Scorer
 from pt_jax.serve.served import Served
 from pt_jax.serve.worker import Made, Worker
+from pt_jax.weights import Params
 
 log = logging.getLogger("pt_jax.serve")
 
@@ -76,6 +78,13 @@ class Server(uvicorn.Server):
     self._draining: asyncio.Task[None] | None = None
     self.failed = False
     worker.on_failure = self._fail
+
+  async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    """Listens, and says where."""
+    await super().startup(sockets)
+    if self.started:
+      where = self.servers[0].sockets[0].getsockname()
+      log.info("serving %s on http://%s:%d", self._worker.name, *where[:2])
 
   def handle_exit(self, sig: int, frame: FrameType | None) -> None:
     """The first signal drains, the second one ends at once."""
@@ -126,8 +135,11 @@ def prepare(options: Serve) -> Server:
   if host.choose_platform() == "cpu":
     host.use_cpu(max(1, options.mesh.data) * options.mesh.tensor)
   mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh))
+  with jax.set_mesh(mesh):
+    params = [source.params(mesh)]  # a list, so that the engine's thread can take them away
   metrics = Metrics()
-  worker = Worker(lambda: make(source, served, mesh, options.slots), mesh, metrics)
+  make_engine = lambda: make(source, served, params.pop(), options.slots)
+  worker = Worker(served.name, make_engine, mesh, metrics)
   app = make_app(served, worker, metrics, options.limits)
   config = uvicorn.Config(
     app,
@@ -141,9 +153,8 @@ def prepare(options: Serve) -> Server:
   return Server(config, worker, options.drain_seconds)
 
 
-def make(source: Source, served: Served, mesh: jax.sharding.Mesh, slots: int) -> Made:
-  """The engine, and what scores prompts, with the weights read."""
-  params = source.params(mesh)
+def make(source: Source, served: Served, params: Params, slots: int) -> Made:
+  """The engine, and what scores prompts."""
   engine = Engine(
     source.config,
     params,

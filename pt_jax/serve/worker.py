@@ -111,13 +111,17 @@ Made = tuple[Engine, Scorer | None]
 class Worker:
   """Owns the thread. Its methods are called from the event loop that called `start`."""
 
-  def __init__(self, make: Callable[[], Made], mesh: jax.sharding.Mesh, metrics: Metrics):
+  def __init__(
+    self, name: str, make: Callable[[], Made], mesh: jax.sharding.Mesh, metrics: Metrics
+  ):
     """
     Args:
+      name: of the model.
       make: makes the engine, and what scores prompts, in the thread.
       mesh: the mesh they live on.
       metrics: what is counted.
     """
+    self.name = name
     self._make, self._mesh, self._metrics = make, mesh, metrics
     self._inbox: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
     self._thread = threading.Thread(target=self._main, name="engine", daemon=True)

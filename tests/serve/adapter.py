@@ -9,7 +9,7 @@ from pt_jax.rollout.rollouts import Output, StopReason
 class Adapter:
   def __init__(self, engine: Engine):
     self._engine, self._waiting, self._next = engine, {}, 0
-    self.figures, self.aborted = engine.figures, []
+    self.figures, self.aborted, self.generate = engine.figures, [], engine.generate
 
   @property
   def unfinished(self):

@@ -48,7 +48,7 @@ def serving(
   source = Source(MODEL, TOKENIZER, load_template("chatml"), lambda mesh: params)
   served, metrics = source.served(NAME, LENGTH, scores=True), Metrics()
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  worker = Worker(lambda: (engine(), Scorer(MODEL, params, 20)), mesh, metrics)
+  worker = Worker(NAME, lambda: (engine(), Scorer(MODEL, params, 20)), mesh, metrics)
   app = make_app(served, worker, metrics, limits or Limits())
   config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2)
   server = Server(config, worker, seconds=20)
