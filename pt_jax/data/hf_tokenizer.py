@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tokenizers
 
-from pt_jax.data.tokenizers import Encoding, missing_piece
+from pt_jax.data.tokenizers import Encoding, missing_piece, piece_bytes
 
 _NAMED = (
   "bos_token",
@@ -18,6 +18,19 @@ _NAMED = (
   "cls_token",
   "mask_token",
 )
+
+_PIECEWISE = ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace", "none")
+
+
+def _byte_level() -> dict[str, int]:
+  """The characters that stand for bytes in byte-level BPE (GPT-2): those that print stand for
+  themselves, the others for what comes from U+0100 on."""
+  printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [b for b in range(256) if b not in printed]
+  return {chr(b): b for b in printed} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level()
 
 
 class HFTokenizer:
@@ -98,6 +111,22 @@ class HFTokenizer:
     if i is None:
       raise missing_piece(self, piece)
     return i
+
+  def token_bytes(self) -> list[bytes]:
+    decoder = json.loads(self._tokenizer.to_str())["decoder"] or {"type": "none"}
+    kinds = {d["type"] for d in decoder.get("decoders", [decoder])}
+    if unknown := kinds - {"ByteLevel", *_PIECEWISE}:
+      raise ValueError(f"tokenizer {self.name}: bytes of a token under decoder {min(unknown)!r}")
+    added = self._tokenizer.get_added_tokens_decoder()
+    out = [b""] * self.vocab_size
+    for piece, i in self._tokenizer.get_vocab().items():
+      if i in added:
+        out[i] = b"" if added[i].special else added[i].content.encode()
+      elif "ByteLevel" in kinds:
+        out[i] = bytes(_BYTE_LEVEL[character] for character in piece)
+      else:
+        out[i] = piece_bytes(piece, byte_fallback="ByteFallback" in kinds)
+    return out
 
 
 def _read_json(path: Path) -> dict:

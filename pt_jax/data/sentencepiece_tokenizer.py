@@ -8,7 +8,7 @@ from typing import Any
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
 
-from pt_jax.data.tokenizers import Encoding, missing_piece
+from pt_jax.data.tokenizers import Encoding, missing_piece, piece_bytes
 
 # Protobuf makes these classes at import, where a type checker cannot see them.
 _MODEL: Any = vars(sentencepiece_model_pb2)["ModelProto"]
@@ -112,6 +112,12 @@ class SentencePieceTokenizer:
     if i == self._first.unk_id() and piece != self._first.id_to_piece(i):
       raise missing_piece(self, piece)
     return i
+
+  def token_bytes(self) -> list[bytes]:
+    first = self._first
+    nothing = lambda i: i in self._special_ids or first.is_unknown(i) or first.is_unused(i)
+    one = lambda i: piece_bytes(first.id_to_piece(i), byte_fallback=first.is_byte(i))
+    return [b"" if nothing(i) else one(i) for i in range(self.vocab_size)]
 
 
 def _line(error: Exception) -> str:

@@ -59,12 +59,24 @@ class Tokenizer(Protocol):
     """Returns the id of one piece. Raises: ValueError if the vocabulary has no such piece."""
     ...
 
+  def token_bytes(self) -> list[bytes]:
+    """Returns the bytes that each id adds to a text, [vocab_size]; none for special tokens and ids
+    without a piece. Raises: ValueError where a piece's bytes depend on its neighbours."""
+    ...
+
 
 def missing_piece(tokenizer: Tokenizer, piece: str) -> ValueError:
   """The error for a piece that a tokenizer does not have."""
   return ValueError(
     f"tokenizer {tokenizer.name}: {piece!r} is not in its vocabulary of {tokenizer.vocab_size}"
   )
+
+
+def piece_bytes(piece: str, *, byte_fallback: bool) -> bytes:
+  """The bytes of a SentencePiece piece: `▁` is a space, `<0x0A>` a byte if there are such."""
+  if byte_fallback and (match := re.fullmatch(r"<0x([0-9A-F]{2})>", piece)):
+    return bytes.fromhex(match[1])
+  return piece.replace("\u2581", " ").encode()
 
 
 SPECIAL = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -141,6 +153,11 @@ class ByteTokenizer:
     if piece not in self._ids:
       raise missing_piece(self, piece)
     return self._ids[piece]
+
+  def token_bytes(self) -> list[bytes]:
+    named = {i: p for i, p in self._pieces.items() if p not in self.special_tokens}
+    first = [bytes([i]) for i in range(256)]
+    return first + [named.get(i, "").encode() for i in range(256, self.vocab_size)]
 
 
 def _splitter(pieces: Sequence[str]) -> re.Pattern[str]:

@@ -4,6 +4,7 @@ import io
 import json
 import pathlib
 import shutil
+import unicodedata
 
 import hypothesis
 import hypothesis.strategies as st
@@ -65,6 +66,20 @@ def test_bytes_by_hand():
   assert (tokenizer.pad_id, tokenizer.bos_id) == (None, None)
   encoding = tokenizer.encode_with_offsets("é<think>a")
   assert encoding.offsets == [(0, 1), (0, 1), (1, 8), (8, 9)]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_bytes_of_tokens_are_the_text(tokenizers, name):
+  """Also of the tokens of half a character; the space that some put in front is theirs."""
+  tokenizer = tokenizers[name]
+  pieces = tokenizer.token_bytes()
+  assert len(pieces) == tokenizer.vocab_size
+  assert {pieces[i] for i in tokenizer.special_tokens.values()} == {b""}
+  composed = unicodedata.normalize("NFC", UNICODE)  # one of them does that
+  for text in (composed, "hello <think>one\n two", "12 + 30 = 42"):
+    joined = b"".join(pieces[i] for i in tokenizer.encode(text)).decode()
+    assert joined.removeprefix(" ") == text
+  assert len({p for p in pieces if p}) > 200
 
 
 def test_longest_named_token_wins():
