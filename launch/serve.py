@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import jax
 import tyro
@@ -163,7 +163,7 @@ def make(source: Source, served: Served, params: Params, slots: int) -> Made:
     detokenizer=served.detokenizer,
   )
   scorer = Scorer(source.config, params, MOST_LOGPROBS) if served.scores else None
-  return engine, scorer
+  return cast(Any, engine), scorer
 
 
 if __name__ == "__main__":
