@@ -268,8 +268,11 @@ def test_preference_losses_of_each_kind(every_loss, tmp_path):
 @pytest.mark.slow
 def test_every_preference_loss_runs(every_loss, tmp_path):
   results = run_experiment(every_loss, runs=tmp_path, id="0", quiet=True).results
-  margins = [results[loss]["eval/margin"] for loss in typing.get_args(dpo_instructions.Loss)]
-  assert len(set(margins)) == len(margins) and 0 not in margins
+  margins = {loss: results[loss]["eval/margin"] for loss in typing.get_args(dpo_instructions.Loss)}
+  # In so few steps no pair gets beyond the limit of epsilon-DPO: until then it is DPO.
+  assert results["epsilon"]["eval/beyond_limit"] == 0
+  assert margins["epsilon"] == margins.pop("dpo")
+  assert len(set(margins.values())) == len(margins) and 0 not in margins.values(), margins
 
 
 def test_preference_ablations_differ_in_the_objective_alone(every_loss):

@@ -1,5 +1,5 @@
-"""Attention over packed segments: `reference.py` is the contract, `xla.py` runs on any device."""
+"""Attention over packed segments: `reference.py` is the contract, `xla.py` what CPU and GPU run."""
 
-from kernels.flash_attention.xla import flash_attention
+from kernels.flash_attention.attention import flash_attention
 
 __all__ = ["flash_attention"]

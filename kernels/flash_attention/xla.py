@@ -3,17 +3,17 @@
 The backward pass computes the scores again, as flash attention (arXiv 2205.14135) does: what is
 kept for it grows with S, not with S squared.
 
-Letters: B batch, S query positions, T key positions, G key/value heads, R queries per key head, K
-head width. H = G * R query heads.
+Letters: B batch, S query rows, T key rows, G key/value heads, R queries per key head, K head width,
+V value width. H = G * R query heads.
 """
 
 import functools
+from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from kernels.flash_attention.reference import MASKED
+from kernels.flash_attention.reference import MASKED, Features
 
 # Two SFT steps of `launch.bench` on two CPU devices: 1.01 s in blocks of 32, 0.96 s in blocks of
 # 64, 1.07 s in blocks of 128. More than 8 blocks only lengthen the compilation.
@@ -23,50 +23,53 @@ MOST_BLOCKS = 8
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def flash_attention(
+class Where(NamedTuple):
+  """Which key a query may see."""
+
+  q_segments: jax.Array  # [B, S] int32
+  k_segments: jax.Array  # [B, T] int32
+  q_offset: jax.Array  # [] int32, read where there is no static one
+
+
+def attention(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
   *,
-  q_positions: jax.Array,
-  k_positions: jax.Array,
   q_segments: jax.Array,
   k_segments: jax.Array,
-  scale: float,
-  aligned: bool,
-) -> jax.Array:
-  """`reference.attention`, with one more promise that the caller may make.
+  q_offset: int | jax.Array,
+  features: Features,
+  sinks: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+  """`reference.attention`, as (out [B, S, H, V], lse [B, S, H]).
 
-  Args:
-    q: [B, S, H, K].
-    k, v: [B, T, G, K].
-    q_positions, q_segments: [B, S] int32.
-    k_positions, k_segments: [B, T] int32.
-    scale: multiplies the scores.
-    aligned: queries and keys are the same tokens in the same order (S == T), so that a query never
-      attends to a key that stands behind it; what lies behind a block of queries is then skipped.
-
-  Returns:
-    [B, S, H, K] in the dtype of v.
+  What no query of a block can see by its row is skipped where `q_offset` is a Python int.
   """
-  chex.assert_rank([q, k, v], 4)
-  chex.assert_equal_shape([k, v])
-  queries, keys = (q_positions, q_segments), (k_positions, k_segments)
-  return _attention(q, k, v, queries, keys, scale, aligned)
+  static = q_offset if isinstance(q_offset, int) else None
+  where = Where(q_segments, k_segments, jnp.asarray(q_offset))
+  return _attention(q, k, v, sinks, where, features, static)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q, k, v, queries, keys, scale, aligned):
-  return _forward(q, k, v, queries, keys, scale, aligned)[0]
+def _attention(q, k, v, sinks, where, features, offset):
+  return _forward(q, k, v, sinks, where, features, offset)[0]
 
 
-def _blocks(length: int, keys: int, aligned: bool) -> list[tuple[slice, slice]]:
+def _blocks(
+  length: int, keys: int, features: Features, offset: int | None
+) -> list[tuple[slice, slice]]:
   """(queries, keys that they may see) of every block."""
-  if not aligned:
+  if not features.causal or offset is None:
     return [(slice(0, length), slice(0, keys))]
   size = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS))
   ends = [min(start + size, length) for start in range(0, length, size)]
-  return [(slice(start, end), slice(0, end)) for start, end in zip([0, *ends], ends)]
+  blocks = []
+  for start, end in zip([0, *ends], ends):
+    first = 0 if features.window is None else max(0, offset + start - features.window + 1)
+    last = min(keys, max(1, offset + end))  # at least one key, though nothing may see it
+    blocks.append((slice(start, end), slice(min(first, last - 1), last)))
+  return blocks
 
 
 def _rows(x: jax.Array, block: slice, groups: int, scale: float = 1.0) -> jax.Array:
@@ -85,58 +88,91 @@ def _heads(rows: jax.Array, length: int) -> jax.Array:
   return x.reshape(batch, length, -1, width)
 
 
-def _scores(rows, k, queries, keys, own, others):
-  """Scores [B, G, R s, T] of a block in float32, and which of them count."""
-  (q_positions, q_segments), (k_positions, k_segments) = queries, keys
-  segments = q_segments[:, own, None]
-  seen = (segments == k_segments[:, None, others]) & (segments >= 0)
-  seen &= q_positions[:, own, None] >= k_positions[:, None, others]
+def _scores(rows, k, where: Where, own: slice, others: slice, features: Features, offset):
+  """Scores [B, G, R s, t] of a block in float32, and which of them count."""
+  segments = where.q_segments[:, own, None]
+  seen = (segments == where.k_segments[:, None, others]) & (segments >= 0)
+  if features.causal:
+    first = where.q_offset if offset is None else offset
+    stands = first + jnp.arange(own.start, own.stop)[:, None]
+    keys = jnp.arange(others.start, others.stop)
+    seen &= stands >= keys
+    if features.window is not None:
+      seen &= stands - keys < features.window
   seen = jnp.tile(seen[:, None], (1, 1, rows.shape[2] // seen.shape[1], 1))
-  return _product("bgsk,bgtk->bgst", rows, k), seen
+  scores = _product("bgsk,bgtk->bgst", rows, k)
+  if features.soft_cap is not None:
+    scores = features.soft_cap * jnp.tanh(scores / features.soft_cap)
+  return scores, seen
 
 
-def _forward(q, k, v, queries, keys, scale, aligned):
+def _sink_rows(sinks: jax.Array, groups: int, length: int) -> jax.Array:
+  """[H] -> [G, R s, 1]: the sink of every row of a block."""
+  return jnp.repeat(sinks.astype(jnp.float32).reshape(groups, -1), length, axis=1)[..., None]
+
+
+def _forward(q, k, v, sinks, where, features, offset):
   groups = k.shape[2]
   k_rows, v_rows = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  out, log_sums = [], []
-  for own, others in _blocks(q.shape[1], k.shape[1], aligned):
-    rows = _rows(q, own, groups, scale)
-    scores, seen = _scores(rows, k_rows[:, :, others], queries, keys, own, others)
+  out, log_sums, lse = [], [], []
+  for own, others in _blocks(q.shape[1], k.shape[1], features, offset):
+    length = own.stop - own.start
+    rows = _rows(q, own, groups, features.scale)
+    scores, seen = _scores(rows, k_rows[:, :, others], where, own, others, features, offset)
     scores = jnp.where(seen, scores, MASKED)
     top = scores.max(-1, keepdims=True)
+    sink = None if sinks is None else _sink_rows(sinks, groups, length)
+    if sink is not None:
+      top = jnp.maximum(top, sink)
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
+    if sink is not None:
+      total += jnp.exp(sink - top)
     some = _product("bgst,bgtk->bgsk", weights.astype(v.dtype), v_rows[:, :, others])
     some = jnp.where(top == MASKED, 0, some / total).astype(v.dtype)  # NaN stays NaN
-    out.append(_heads(some, own.stop - own.start))
-    log_sums.append(top + jnp.log(total))
-  out = jnp.concatenate(out, axis=1)
-  return out, (q, k, v, queries, keys, out, log_sums)
+    log_sum = jnp.where(top == MASKED, MASKED, top + jnp.log(total))
+    out.append(_heads(some, length))
+    log_sums.append(log_sum)
+    lse.append(_heads(log_sum, length)[..., 0])
+  out, lse = jnp.concatenate(out, axis=1), jnp.concatenate(lse, axis=1)
+  return (out, lse), (q, k, v, sinks, where, out, log_sums)
 
 
-def _backward(scale, aligned, saved, g):
-  """With P = softmax(S): dV = P' dO, dS = P (dO V' - rowsum(dO O)), dQ = dS K, dK = dS' Q."""
-  q, k, v, queries, keys, out, log_sums = saved
+def _backward(features, offset, saved, cotangents):
+  """With P = exp(X - lse): dV = P' dO, dX = P (dO V' - rowsum(dO O) + dlse), then through the cap
+  to dS, dQ = dS K, dK = dS' Q. A sink has P = exp(sink - lse) and no value."""
+  q, k, v, sinks, where, out, log_sums = saved
+  g, g_lse = cotangents
   groups = k.shape[2]
   k_rows, v_rows = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
   dq, dk, dv = [], jnp.zeros(k_rows.shape, jnp.float32), jnp.zeros(v_rows.shape, jnp.float32)
-  blocks = _blocks(q.shape[1], k.shape[1], aligned)
+  d_sinks = []
+  blocks = _blocks(q.shape[1], k.shape[1], features, offset)
   for (own, others), log_sum in reversed(list(zip(blocks, log_sums))):
-    rows, g_rows = _rows(q, own, groups, scale), _rows(g, own, groups)
+    length = own.stop - own.start
+    rows, g_rows = _rows(q, own, groups, features.scale), _rows(g, own, groups)
     dot = jnp.sum(g_rows.astype(jnp.float32) * _rows(out, own, groups), -1, keepdims=True)
+    dot -= _rows(g_lse[..., None], own, groups)
     k_own, v_own = k_rows[:, :, others], v_rows[:, :, others]
-    scores, seen = _scores(rows, k_own, queries, keys, own, others)
+    scores, seen = _scores(rows, k_own, where, own, others, features, offset)
     weights = jnp.where(seen, jnp.exp(scores - log_sum), 0)
     d_weights = _product("bgsk,bgtk->bgst", g_rows, v_own)
-    d_scores = (weights * (d_weights - dot)).astype(q.dtype)
-    dq.append(_heads(_product("bgst,bgtk->bgsk", d_scores, k_own) * scale, own.stop - own.start))
+    d_scores = weights * (d_weights - dot)
+    if features.soft_cap is not None:
+      d_scores *= 1 - jnp.square(scores / features.soft_cap)
+    d_scores = d_scores.astype(q.dtype)
+    dq.append(_heads(_product("bgst,bgtk->bgsk", d_scores, k_own) * features.scale, length))
     dk = dk.at[:, :, others].set(dk[:, :, others] + _product("bgst,bgsk->bgtk", d_scores, rows))
     dv = dv.at[:, :, others].set(
       dv[:, :, others] + _product("bgst,bgsk->bgtk", weights.astype(v.dtype), g_rows)
     )
+    if sinks is not None:
+      share = jnp.exp(_sink_rows(sinks, groups, length) - log_sum) * dot
+      d_sinks.append(-share.reshape(*share.shape[:2], -1, length).sum((0, 3)).reshape(-1))
   dq = jnp.concatenate(dq[::-1], axis=1)
   dk, dv = dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
-  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+  d_sinks = None if sinks is None else jnp.stack(d_sinks).sum(0).astype(sinks.dtype)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_sinks, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -132,7 +132,7 @@ def embed(table_vd: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array
   return jax.shard_map(local, in_specs=specs, out_specs=out)(table_vd, tokens)
 
 
-def attend_packed(c: ModelConfig, positions: jax.Array, segment_ids: jax.Array) -> Attend:
+def attend_packed(c: ModelConfig, segment_ids: jax.Array) -> Attend:
   """Training attention: causal within the segments of a row. Keys are gathered over `context`."""
 
   def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
@@ -142,28 +142,27 @@ def attend_packed(c: ModelConfig, positions: jax.Array, segment_ids: jax.Array) 
     )
     row, whole_row = USE.spec("batch", "seq"), USE.spec("batch", None)
 
-    def local(q, k, v, q_positions, q_segments, k_positions, k_segments):
+    def local(q, k, v, q_segments, k_segments):
       # Each part of the queries has gradients of its own for the whole keys: the transpose of this
       # cast adds them up.
+      offset = 0
       if jax.lax.axis_size("context") > 1:
         k, v = (jax.lax.pcast(x, "context", to="varying") for x in (k, v))
+        offset = jax.lax.axis_index("context") * q.shape[1]
       return flash_attention(
         q,
         k,
         v,
-        q_positions=q_positions,
-        k_positions=k_positions,
         q_segments=q_segments,
         k_segments=k_segments,
+        q_offset=offset,
         scale=c.head_dim**-0.5,
-        aligned=q.shape[1] == k.shape[1],
       )
 
-    specs = (queries, keys, keys, row, row, whole_row, whole_row)
     k, v = jax.reshard(k, keys), jax.reshard(v, keys)
-    whole = [jax.reshard(x, whole_row) for x in (positions, segment_ids)]
+    specs = (queries, keys, keys, row, whole_row)
     mapped = jax.shard_map(local, in_specs=specs, out_specs=queries)
-    return mapped(q, k, v, positions, segment_ids, *whole), None
+    return mapped(q, k, v, segment_ids, jax.reshard(segment_ids, whole_row)), None
 
   return attend
 
@@ -187,7 +186,7 @@ def forward(
     weights.reshard(params["embed"], rows["embed"], USE), tokens, jnp.dtype(c.compute_dtype)
   )
   angles = rope_angles(rope_table(c, tokens.shape[1]), positions)
-  attend = attend_packed(c, positions, segment_ids)
+  attend = attend_packed(c, segment_ids)
   block_rows = weights.map_table(Param.unstack, rows["blocks"])
 
   def layer(x: jax.Array, w: Params) -> tuple[jax.Array, None]:

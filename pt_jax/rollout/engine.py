@@ -151,6 +151,8 @@ class Engine:
       raise ValueError(f"generate: expected prompts and n >= 1, found {len(prompts)} and n = {n}")
     if sampling.stop_strings and self._detokenizer is None:
       raise ValueError("generate: stop strings need an engine with a detokenizer")
+    if sampling.constraint or sampling.top_logprobs:
+      raise ValueError("generate: this engine knows no constraint and no top_logprobs")
     for i, prompt in enumerate(prompts):
       if not 0 < len(prompt) < self.max_length:
         raise ValueError(
@@ -225,7 +227,7 @@ def _prefill(w: Params, state: Slots, fill: Fill, *, config: ModelConfig) -> Slo
   positions = jax.reshard(index, USE.spec("batch", "seq"))
   length = jax.reshard(fill.length, USE.spec("batch"))
   segments = jnp.where(positions < length[:, None], 0, -1)
-  packed = decoder.attend_packed(config, positions, segments)
+  packed = decoder.attend_packed(config, segments)
 
   def attend(_: int) -> decoder.Attend:
     return lambda q, k, v: (packed(q, k, v)[0], (k, v))

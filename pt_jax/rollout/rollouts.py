@@ -7,6 +7,8 @@ from typing import Protocol
 import flax.struct
 import jax
 
+from pt_jax.rollout.constraints import Constraint
+
 
 class Detokenizer(Protocol):
   """Turns tokens to text as they come, never showing half a character."""
@@ -41,9 +43,13 @@ class SamplingParams:
   min_p: float = 0.0  # drop tokens less likely than min_p times the most likely one; 0 keeps all
   stop_tokens: tuple[int, ...] = ()
   stop_strings: tuple[str, ...] = ()
+  top_logprobs: int = 0  # most likely tokens that are reported beside each drawn one
+  constraint: Constraint | None = None  # form that a completion has to have; needs stop_tokens
 
   def __post_init__(self):
     for field, holds, expected in (
+      ("top_logprobs", self.top_logprobs >= 0, "0 or more"),
+      ("constraint", self.constraint is None or self.stop_tokens, "stop_tokens beside it"),
       ("max_tokens", self.max_tokens >= 1, "at least 1"),
       ("temperature", self.temperature >= 0, "a number >= 0"),
       ("top_k", self.top_k >= 0, "0 or more"),
@@ -53,6 +59,21 @@ class SamplingParams:
     ):
       if not holds:
         raise ValueError(f"sampling.{field}: expected {expected}, found {getattr(self, field)!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """What is new of one completion since the last step of the engine."""
+
+  request: int  # as `submit` returned it
+  sample: int  # 0 to n - 1
+  tokens: tuple[int, ...]
+  logprobs: tuple[float, ...]  # of the tokens, as in `Rollouts`
+  text: str  # what became certain with them, if the engine has a detokenizer
+  stop: StopReason | None  # set with the last output of the completion
+  version: int  # of the weights
+  # Per token, `SamplingParams.top_logprobs` of (token, log-prob), the most likely first.
+  top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @flax.struct.dataclass

@@ -1,126 +1,139 @@
-"""Attention in XLA blocks against the reference, and the reference against NumPy, loop by loop."""
+"""Attention in XLA blocks against the reference, and the reference against NumPy."""
 
-import functools
-import itertools
-import math
-
-import jax
-import jax.numpy as jnp
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 
 from kernels.flash_attention import flash_attention, reference
+from tests.kernels.attention_cases import Case, data, half, numpy_attention, run
 
-B, H, G, K = 2, 4, 2, 8
-
-
-def inputs(length, seed=0):
-  """q, k, v, cotangent, positions, segments; row 0 holds three segments, row 1 is padding."""
-  rng = np.random.default_rng(seed)
-  q, cotangent = rng.normal(size=(2, B, length, H, K)).astype(np.float32)
-  k, v = rng.normal(size=(2, B, length, G, K)).astype(np.float32)
-  positions = np.zeros((B, length), np.int32)
-  segments = np.full((B, length), -1, np.int32)
-  cuts = [0, length // 5, length // 2, length - length // 10]
-  for segment, (start, end) in enumerate(itertools.pairwise(cuts)):
-    positions[0, start:end] = np.arange(end - start)
-    segments[0, start:end] = segment
-  return q, k, v, cotangent, positions, segments
+FEATURES = [
+  Case(),
+  Case(window=7),
+  Case(soft_cap=2.0),
+  Case(sinks=True),
+  Case(heads=6, groups=1, window=5, soft_cap=2.0, sinks=True, value_width=12),
+  Case(queries=15, offset=20, window=9, sinks=True),
+  Case(causal=False, sinks=True),
+  Case(queries=30, keys=12, window=4),  # the last rows see nothing
+]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def value_and_gradient(attend, q, k, v, cotangent):
-  total = lambda q, k, v: (lambda out: (jnp.sum(out * cotangent), out))(attend(q, k, v))
-  gradient, out = jax.grad(total, (0, 1, 2), has_aux=True)(q, k, v)
-  return out, gradient
-
-
-def run(attend, data, **options):
-  q, k, v, cotangent, positions, segments = data
-  rows = {"q_positions": positions, "k_positions": positions}
-  rows |= {"q_segments": segments, "k_segments": segments}
-  return value_and_gradient(
-    functools.partial(attend, **rows, scale=K**-0.5, **options), q, k, v, cotangent
-  )
-
-
-def numpy_attention(q, k, v, positions, segments):
-  """softmax(q k / sqrt(K)) v over what a query may see, one query and head at a time."""
-  out = np.zeros_like(q, dtype=np.float64)
-  for b, s, h in np.ndindex(q.shape[:3]):
-    if segments[b, s] < 0:
-      continue
-    seen = (segments[b] == segments[b, s]) & (positions[b] <= positions[b, s])
-    scores = k[b, seen, h // (H // G)].astype(np.float64) @ q[b, s, h] / math.sqrt(K)
-    weights = np.exp(scores - scores.max())
-    out[b, s, h] = weights / weights.sum() @ v[b, seen, h // (H // G)]
-  return out
-
-
-def test_reference_is_the_textbook_formula():
-  data = inputs(20)
-  out, _ = run(reference.attention, data)
-  np.testing.assert_allclose(out, numpy_attention(*data[:3], *data[4:]), atol=1e-5)
+@pytest.mark.parametrize("case", FEATURES, ids=str)
+def test_reference_is_the_textbook_formula(case):
+  x = data(case)
+  for got, want in zip(run(reference.attention, case, x), numpy_attention(case, x)):
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 # 200: blocks of 64 and a last one of 8. 600: eight blocks of 75. 64 and 30: a single block.
 @pytest.mark.parametrize(
-  ("length", "aligned"), [(200, True), (600, True), (64, True), (30, True), (200, False)]
+  "case",
+  [
+    *(Case(queries=n, keys=n) for n in (200, 600, 64, 30)),
+    *(case._replace(queries=5 * case.queries, keys=5 * case.keys) for case in FEATURES[1:]),
+  ],
+  ids=str,
 )
-def test_values_and_gradients_are_the_references(length, aligned):
-  data = inputs(length)
-  want, want_gradient = run(reference.attention, data)
-  got, gradient = run(flash_attention, data, aligned=aligned)
-  np.testing.assert_allclose(got, want, atol=1e-5)
-  for a, b in zip(gradient, want_gradient):
+def test_values_and_gradients_are_the_references(case):
+  x = data(case)
+  names = ("out", "lse", "dq", "dk", "dv", "dsinks")
+  got, want = run(flash_attention, case, x), run(reference.attention, case, x)
+  for name, a, b in zip(names, got, want):
+    assert np.abs(b).max() > 0.1  # a gradient that is nothing would be equal to nothing
+    np.testing.assert_allclose(a, b, atol=3e-5, rtol=1e-5, err_msg=name)
+
+
+def test_a_traced_offset_is_the_static_one():
+  """Half of the queries against all keys, as one shard of a context axis has them."""
+  case = Case(queries=100, keys=200, offset=100, window=30, sinks=True)
+  x = data(case)
+  for a, b in zip(run(flash_attention, case, x, traced=True), run(flash_attention, case, x)):
     np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
+@hypothesis.given(st.data())
+def test_any_shape_and_feature_is_numpys(draw):
+  pick = lambda low, high: draw.draw(st.integers(low, high))
+  groups, offset = pick(1, 3), pick(0, 9)
+  case = Case(
+    batch=pick(1, 2),
+    queries=pick(1, 90),
+    keys=pick(2, 90),
+    heads=groups * pick(1, 3),
+    groups=groups,
+    width=pick(1, 5),
+    value_width=pick(1, 5),
+    offset=offset,
+    window=draw.draw(st.none() | st.integers(1, 60)),
+    soft_cap=draw.draw(st.none() | st.floats(0.5, 5)),
+    sinks=draw.draw(st.booleans()),
+  )
+  x = data(case, pick(0, 99))
+  for got, want in zip(run(flash_attention, case, x, gradients=False), numpy_attention(case, x)):
+    np.testing.assert_allclose(got, want, atol=2e-5, rtol=1e-5)
 
 
 def test_bfloat16_is_near_float32():
   """Each gradient within a few roundings (2^-8) of its largest entry, in its input's dtype."""
-  data = inputs(200)
-  want, want_gradient = run(flash_attention, data, aligned=True)
-  half = [jnp.asarray(x, jnp.bfloat16) for x in data[:3]]
-  got, gradient = run(flash_attention, (*half, *data[3:]), aligned=True)
-  for a, b in zip((got, *gradient), (want, *want_gradient)):
-    assert a.dtype == jnp.bfloat16
-    error = np.abs(np.asarray(a, np.float32) - b).max() / np.abs(b).max()
+  case = Case(queries=200, keys=200)
+  x = data(case)
+  want = run(flash_attention, case, x)
+  for i, (a, b) in enumerate(zip(run(flash_attention, case, half(x)), want)):
+    assert a.dtype == ("float32" if i == 1 else "bfloat16")
+    some = b > -1e29
+    error = np.abs(np.asarray(a, np.float32) - b)[some].max() / np.abs(b[some]).max()
     assert 1e-4 < error < 3 * 2**-8
 
 
-def test_padding_is_zero_and_has_no_gradient():
-  data = inputs(200)
-  padding = data[5] < 0
+@pytest.mark.parametrize("attend", [reference.attention, flash_attention])
+def test_padding_is_zero_and_has_no_gradient(attend):
+  case = Case(queries=200, keys=200)
+  x = data(case)
+  padding = x.q_segments < 0
   assert padding[1].all() and padding[0].any() and not padding[0].all()
-  for attend, options in ((reference.attention, {}), (flash_attention, {"aligned": True})):
-    out, gradient = run(attend, data, **options)
-    assert not np.asarray(out)[padding].any()
-    assert np.isfinite(out).all()
-    for g in gradient:
-      assert np.isfinite(g).all()
-      assert not np.asarray(g)[padding].any()
-      assert np.asarray(g)[~padding].any()
+  out, lse, *gradients = run(attend, case, x)
+  assert not np.asarray(out)[padding].any()
+  assert (np.asarray(lse)[padding] == reference.MASKED).all()
+  for g in (out, *gradients):
+    assert np.isfinite(g).all()
+    assert not np.asarray(g)[padding].any()
+    assert np.asarray(g)[~padding].any()
 
 
 def test_what_a_query_may_not_see_is_not_read():
   """The last segment changes: nothing before it does, to the last bit, across blocks too."""
-  q, k, v, cotangent, positions, segments = inputs(200)
-  last = np.flatnonzero(segments[0] == 2)
-  other = [x.copy() for x in (q, k, v)]
-  for x in other:
-    x[0, last] += 1
-  before, _ = run(flash_attention, (q, k, v, cotangent, positions, segments), aligned=True)
-  after, _ = run(flash_attention, (*other, cotangent, positions, segments), aligned=True)
-  np.testing.assert_array_equal(before[0, : last[0]], after[0, : last[0]])
-  assert np.abs(before[0, last] - after[0, last]).max() > 1e-2
+  case = Case(queries=200, keys=200)
+  x = data(case)
+  last = x.q_segments[0] == x.q_segments[0].max()
+  change = last[None, :, None, None].astype(np.float32)
+  other = x._replace(q=x.q + change, k=x.k + change, v=x.v + change)
+  before, after = (np.asarray(run(flash_attention, case, y)[0][0]) for y in (x, other))
+  np.testing.assert_array_equal(before[~last], after[~last])
+  assert np.abs(before[last] - after[last]).max() > 1e-2
 
 
-def test_queries_apart_from_their_keys():
-  """Half of the queries against all keys, as one shard of a context axis has them."""
-  q, k, v, _, positions, segments = inputs(40)
-  half = slice(20, 40)
-  options = {"k_positions": positions, "k_segments": segments, "scale": K**-0.5}
-  options |= {"q_positions": positions[:, half], "q_segments": segments[:, half]}
-  want = numpy_attention(q, k, v, positions, segments)[:, half]
-  got = flash_attention(q[:, half], k, v, aligned=False, **options)
-  np.testing.assert_allclose(got, want, atol=1e-5)
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"window": 0}, "expected window >= 1, found 0"),
+    ({"window": 4, "causal": False}, "expected causal=True"),
+    ({"soft_cap": -1.0}, "expected soft_cap > 0, found -1.0"),
+  ],
+)
+def test_features_that_mean_nothing_are_refused(change, said):
+  case = Case()
+  x = data(case)
+  rows = {"q_segments": x.q_segments, "k_segments": x.k_segments, "scale": 1.0}
+  with pytest.raises(ValueError, match=said):
+    flash_attention(x.q, x.k, x.v, **rows, **change)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+  x = data(Case())
+  three = np.zeros((2, 40, 3, 8), np.float32)
+  rows = {"q_segments": x.q_segments, "k_segments": x.k_segments, "scale": 1.0}
+  with pytest.raises(ValueError, match="4 query heads do not divide by 3 key heads"):
+    flash_attention(x.q, three, three, **rows)

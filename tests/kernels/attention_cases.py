@@ -1,0 +1,140 @@
+"""Packed rows to try attention on, and attention written in NumPy, one query and head at a time."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Case(NamedTuple):
+  """Shapes and features of one call."""
+
+  batch: int = 2
+  queries: int = 40
+  keys: int = 40
+  heads: int = 4
+  groups: int = 2
+  width: int = 8
+  value_width: int = 8
+  offset: int = 0
+  causal: bool = True
+  window: int | None = None
+  soft_cap: float | None = None
+  sinks: bool = False
+
+  @property
+  def features(self) -> dict:
+    """The keyword arguments of the call that are not arrays."""
+    names = ("causal", "window", "soft_cap")
+    return {name: getattr(self, name) for name in names} | {"scale": self.width**-0.5}
+
+
+class Data(NamedTuple):
+  """One call's arrays, and the cotangents of its outputs."""
+
+  q: np.ndarray
+  k: np.ndarray
+  v: np.ndarray
+  sinks: np.ndarray | None
+  q_segments: np.ndarray
+  k_segments: np.ndarray
+  d_out: np.ndarray
+  d_lse: np.ndarray
+
+
+def segment_rows(batch: int, length: int, rng: np.random.Generator) -> np.ndarray:
+  """[B, T] int32: row 0 holds segments and padding behind and between them, the last of several
+  rows is padding alone, others are one segment."""
+  rows = np.zeros((batch, length), np.int32)
+  cuts = np.sort(rng.choice(np.arange(1, length), min(4, length - 1), replace=False))
+  rows[0] = np.searchsorted(cuts, np.arange(length), side="right")
+  rows[0][rows[0] == 2] = -1
+  rows[0][rows[0] == 4] = -3
+  if batch > 1:
+    rows[-1] = -1
+  return rows
+
+
+def data(case: Case, seed: int = 0) -> Data:
+  """Random arrays, of scores wide enough that a soft cap of 2 and sinks matter."""
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  b, s, t, h, g = case.batch, case.queries, case.keys, case.heads, case.groups
+  length = max(t, case.offset + s)
+  segments = segment_rows(b, length, rng)
+  return Data(
+    q=2 * normal(b, s, h, case.width),
+    k=normal(b, t, g, case.width),
+    v=normal(b, t, g, case.value_width),
+    sinks=normal(h) if case.sinks else None,
+    q_segments=segments[:, case.offset : case.offset + s],
+    k_segments=segments[:, :t],
+    d_out=normal(b, s, h, case.value_width),
+    d_lse=normal(b, s, h),
+  )
+
+
+def numpy_attention(case: Case, x: Data) -> tuple[np.ndarray, np.ndarray]:
+  """out and lse of one query and head at a time, in float64."""
+  b, s, h = x.q.shape[:3]
+  out = np.zeros((b, s, h, case.value_width))
+  lse = np.full((b, s, h), -1e30)
+  for i, row, head in np.ndindex(b, s, h):
+    group, place = head // (case.heads // case.groups), case.offset + row
+    last = place + 1 if case.causal else case.keys
+    first = 0 if case.window is None else max(0, place + 1 - case.window)
+    mine = [
+      t
+      for t in range(first, min(last, case.keys))
+      if x.k_segments[i, t] == x.q_segments[i, row] >= 0
+    ]
+    scores = x.k[i, mine, group].astype(np.float64) @ x.q[i, row, head] / math.sqrt(case.width)
+    if case.soft_cap is not None:
+      scores = case.soft_cap * np.tanh(scores / case.soft_cap)
+    if mine or case.sinks:
+      sink = [x.sinks[head]] if case.sinks else []
+      lse[i, row, head] = np.log(np.sum(np.exp([*scores, *sink])))
+      out[i, row, head] = np.exp(scores - lse[i, row, head]) @ x.v[i, mine, group]
+  return out, lse
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run(attend, case, options, gradients, x: Data, offset):
+  def total(q, k, v, sinks):
+    out, lse = attend(
+      q,
+      k,
+      v,
+      sinks=sinks,
+      q_segments=x.q_segments,
+      k_segments=x.k_segments,
+      q_offset=case.offset if offset is None else offset,
+      return_lse=True,
+      **case.features,
+      **dict(options),
+    )
+    some = lse > -1e29
+    value = jnp.sum(out.astype(jnp.float32) * x.d_out) + jnp.sum(jnp.where(some, lse * x.d_lse, 0))
+    return value, (out, lse)
+
+  if not gradients:
+    return total(x.q, x.k, x.v, x.sinks)[1]
+  wanted = (0, 1, 2, 3) if case.sinks else (0, 1, 2)
+  found, kept = jax.grad(total, wanted, has_aux=True)(x.q, x.k, x.v, x.sinks)
+  return *kept, *found
+
+
+def run(
+  attend, case: Case, x: Data, *, traced: bool = False, gradients: bool = True, **options
+) -> list[np.ndarray]:
+  """[out, lse] of `attend` on the case and, with `gradients`, [dq, dk, dv (, dsinks)]."""
+  offset = np.int32(case.offset) if traced else None
+  return list(_run(attend, case, tuple(options.items()), gradients, x, offset))
+
+
+def half(x: Data) -> Data:
+  """The same with q, k and v in bfloat16."""
+  return x._replace(**{n: jnp.asarray(getattr(x, n), jnp.bfloat16) for n in ("q", "k", "v")})
