@@ -10,6 +10,7 @@ Letters: see `layout`; G here is the heads of one program, `block`.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -17,11 +18,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.ragged_paged_attention import tile
+from kernels import attention_tile
 from kernels.ragged_paged_attention.layout import Class, Layout
+from kernels.ragged_paged_attention.pages import LANES
 from kernels.ragged_paged_attention.reference import Features
 
-UNROLLED_ROWS = 64  # query rows up to which the heads of a tile are interleaved
+TOGETHER = 64  # query rows up to which the heads of a tile are worked on together
 
 
 class Refs(NamedTuple):
@@ -33,8 +35,8 @@ class Refs(NamedTuple):
   kv_lengths: jax.Ref  # [N]
   q_starts: jax.Ref  # [N + 1]
   page_table: jax.Ref  # [N P]
-  sinks: jax.Ref  # [H] SMEM
-  factors: jax.Ref  # [2, G] SMEM, of q k and of the output
+  sinks: jax.Ref  # [H] SMEM, times log2(e)
+  value_scales: jax.Ref  # [G] SMEM
   q: jax.Ref  # [G, rows, key lanes] HBM
   new: jax.Ref  # [G, rows, W] HBM
   pages_before: jax.Ref  # HBM; the same memory as `pages`
@@ -43,7 +45,7 @@ class Refs(NamedTuple):
   lse: jax.Ref | None  # [G, rows, 128] HBM
   q_buffer: jax.Ref  # [2, G, rows, key lanes]
   new_buffer: jax.Ref  # [2, G, new, W]
-  keys: jax.Ref  # [2, G, keys, W], two tiles
+  keys: jax.Ref  # [2, blocks, G, keys, lanes], two tiles
   fresh: jax.Ref  # [G, new, W] float32, what is new, by position
   stage: jax.Ref  # [G, new, W], what is written
   m: jax.Ref  # [G, rows, 128]
@@ -211,12 +213,13 @@ def tile_of_keys(r: Refs, step: Step, j, slot, sizes: Layout, *, start: bool) ->
 
     def copy(index=index, i=i):
       page = r.page_table[step.sequence * sizes.pages + index]
-      one = pltpu.make_async_copy(
-        r.pages.at[page, heads(sizes)],
-        r.keys.at[slot, :, pl.ds(i * sizes.page, sizes.page)],
-        r.key_sems.at[slot],
-      )
-      one.start() if start else one.wait()
+      for c in range(sizes.blocks):
+        one = pltpu.make_async_copy(
+          r.pages.at[page, heads(sizes), :, pl.ds(c * sizes.lanes, sizes.lanes)],
+          r.keys.at[slot, c, :, pl.ds(i * sizes.page, sizes.page)],
+          r.key_sems.at[slot],
+        )
+        one.start() if start else one.wait()
 
     pl.when(index * sizes.page < step.stop)(copy)
 
@@ -233,7 +236,7 @@ def begin(r: Refs, step: Step, size: Class, static: Kernel) -> None:
   window, _ = row_index(step, sizes)
   member = None
   if static.sinks:
-    row = window + jax.lax.broadcasted_iota(jnp.int32, (size.rows, tile.LANES), 0)
+    row = window + jax.lax.broadcasted_iota(jnp.int32, (size.rows, LANES), 0)
     member = rem(row, sizes.repeat)
   for g in range(sizes.block):
     sinks = None
@@ -242,9 +245,10 @@ def begin(r: Refs, step: Step, size: Class, static: Kernel) -> None:
       sinks = jnp.full(member.shape, r.sinks[head])
       for i in range(1, sizes.repeat):
         sinks = jnp.where(member == i, r.sinks[head + i], sinks)
-      sinks = sinks * tile.LOG2E
-    own = pl.ds(0, size.rows)
-    tile.start(r.m.at[g, own], r.l.at[g, own], r.acc.at[g, own], sinks)
+    m, l, acc = (x.at[g, pl.ds(0, size.rows)] for x in (r.m, r.l, r.acc))
+    m[...] = jnp.full(m.shape, attention_tile.MASKED) if sinks is None else sinks
+    l[...] = jnp.full(l.shape, 0.0 if sinks is None else 1.0)
+    acc[...] = jnp.zeros(acc.shape)
 
 
 def arrange(r: Refs, parity, step: Step, size: Class, sizes: Layout) -> None:
@@ -267,13 +271,14 @@ def insert(r: Refs, step: Step, j, slot, sizes: Layout) -> None:
   def _(u):
     here = pl.ds(pl.multiple_of((u - j * each) * unit, unit), unit)
     there = pl.ds(pl.multiple_of((u - base) * unit, unit), unit)
-    position = u * unit + jax.lax.broadcasted_iota(jnp.int32, (unit, sizes.width), 0)
+    position = u * unit + jax.lax.broadcasted_iota(jnp.int32, (unit, sizes.lanes), 0)
     new = (position >= step.start) & (position < step.stop)
-    for g in range(sizes.block):
-      old = r.keys[slot, g, here].astype(jnp.float32)
-      rows = jnp.where(new, r.fresh[g, there], old)
-      r.stage[g, there] = rows.astype(r.stage.dtype)
-      r.keys[slot, g, here] = jnp.where(position < step.stop, rows, 0).astype(r.keys.dtype)
+    for c, g in itertools.product(range(sizes.blocks), range(sizes.block)):
+      lanes = pl.ds(c * sizes.lanes, sizes.lanes)
+      old = r.keys[slot, c, g, here].astype(jnp.float32)
+      rows = jnp.where(new, r.fresh[g, there, lanes], old)
+      r.stage[g, there, lanes] = rows.astype(r.stage.dtype)
+      r.keys[slot, c, g, here] = jnp.where(position < step.stop, rows, 0).astype(r.keys.dtype)
     write(r, step, u, sizes).start()
 
 
@@ -302,12 +307,12 @@ def written_out(r: Refs, step: Step, sizes: Layout) -> None:
 def clear(r: Refs, step: Step, j, slot, sizes: Layout) -> None:
   """Zeros behind the step's last position: what stands there may be NaN, and 0 NaN = NaN."""
   unit, each = sizes.unit, sizes.keys // sizes.unit
-  nothing = jnp.zeros((unit, sizes.width), jnp.float32).astype(r.keys.dtype)
+  nothing = jnp.zeros((unit, sizes.lanes), jnp.float32).astype(r.keys.dtype)
 
   @pl.loop(div(step.stop + unit - 1, unit) - j * each, each)
   def _(u):
-    for g in range(sizes.block):
-      r.keys[slot, g, pl.ds(pl.multiple_of(u * unit, unit), unit)] = nothing
+    for c, g in itertools.product(range(sizes.blocks), range(sizes.block)):
+      r.keys[slot, c, g, pl.ds(pl.multiple_of(u * unit, unit), unit)] = nothing
 
 
 def use_tile(r: Refs, parity, step: Step, j, slot, size: Class, static: Kernel) -> None:
@@ -318,31 +323,56 @@ def use_tile(r: Refs, parity, step: Step, j, slot, size: Class, static: Kernel) 
   if window is not None:
     whole &= begin > step.stop - 1 - window
 
-  def head(g, seen):
-    own = pl.ds(0, size.rows)
-    keys = r.keys[slot, g].astype(r.q_buffer.dtype)
-    tile.attend(
-      r.q_buffer[parity, g, own],
-      keys[:, : sizes.key_lanes],
-      keys[:, sizes.value_lane :],
-      r.m.at[g, own],
-      r.l.at[g, own],
-      r.acc.at[g, own],
-      factor=r.factors[0, pl.program_id(0) * sizes.block + g],
-      soft_cap=static.features.soft_cap,
-      seen=seen,
-    )
+  def some_heads(chosen, masked: bool):
+    seen = seen_keys(step, begin, size, static) if masked else None
+    update(r, parity, slot, chosen, seen, size, static)
 
   def all_heads(masked: bool):
-    seen = seen_keys(step, begin, size, static) if masked else None
-    if size.rows <= UNROLLED_ROWS:
-      for g in range(sizes.block):
-        head(g, seen)
+    if size.rows <= TOGETHER:
+      some_heads(range(sizes.block), masked)
     else:
-      pl.loop(0, sizes.block)(lambda g: head(g, seen))
+      pl.loop(0, sizes.block)(lambda g: some_heads([g], masked))
 
   pl.when(whole)(lambda: all_heads(False))
   pl.when(~whole)(lambda: all_heads(True))
+
+
+def keys_of(r: Refs, slot, g, first: int, sizes: Layout) -> jax.Array:
+  """[keys, lanes] of a head from lane `first`, 0 for keys, in the dtype of the queries."""
+  end = sizes.key_lanes if first == 0 else sizes.width
+  blocks = range(first // sizes.lanes, end // sizes.lanes)
+  parts = [r.keys[slot, c, g].astype(r.q_buffer.dtype) for c in blocks]
+  return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def update(r: Refs, parity, slot, chosen, seen, size: Class, static: Kernel) -> None:
+  """Takes a tile of keys into the state of some heads.
+
+  The products of all come first, then the softmax of all their rows, then the products with the
+  values: with the few rows of single tokens, one head after the other would wait for each result.
+
+  Args:
+    chosen: the heads.
+    seen: [rows, keys], which keys a row sees; None for all.
+  """
+  sizes = static.sizes
+  own = pl.ds(0, size.rows)
+  product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+  logits = []
+  for g in chosen:
+    k = keys_of(r, slot, g, 0, sizes)
+    x = product(r.q_buffer[parity, g, own], k, (((1,), (1,)), ((), ())))
+    x = attention_tile.logits(x, static.features.soft_cap)
+    logits.append(x if seen is None else jnp.where(seen, x, attention_tile.MASKED))
+  rows = lambda parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+  state = (rows([x[g, own] for g in chosen]) for x in (r.m, r.l))
+  weights, m, l, fade = attention_tile.update(rows(logits), *state, axis=1)
+  for i, g in enumerate(chosen):
+    part = slice(i * size.rows, (i + 1) * size.rows)
+    v = keys_of(r, slot, g, sizes.value_lane, sizes)
+    some = product(weights[part].astype(v.dtype), v, (((1,), (0,)), ((), ())))
+    r.m[g, own], r.l[g, own] = m[part], l[part]
+    r.acc[g, own] = r.acc[g, own] * fade[part, :1] + some
 
 
 def seen_keys(step: Step, begin, size: Class, static: Kernel) -> jax.Array:
@@ -378,11 +408,11 @@ def finish(r: Refs, step: Step, size: Class, static: Kernel) -> None:
     kept[g] = buffer[g, pl.ds(end, sizes.align)].astype(kept.dtype)
 
   for g in range(sizes.block):
-    l = r.l[g, own]
-    factor = r.factors[1, pl.program_id(0) * sizes.block + g]
-    put(g, r.acc[g, own] * (factor / l[:, :1]), r.out_buffer, r.out_end)
+    state = r.acc[g, own], r.m[g, own][:, :1], r.l[g, own][:, :1]
+    out, lse = attention_tile.finish(*state)
+    put(g, out * r.value_scales[pl.program_id(0) * sizes.block + g], r.out_buffer, r.out_end)
     if r.lse_buffer is not None:
-      put(g, tile.log_sum(r.m[g, own], l), r.lse_buffer, r.lse_end)
+      put(g, jnp.broadcast_to(lse, (size.rows, LANES)), r.lse_buffer, r.lse_end)
 
 
 def store(r: Refs, step: Step, sizes: Layout, *, start: bool) -> None:

@@ -66,6 +66,16 @@ class Layout:
     return self.width - self.value_lane
 
   @property
+  def lanes(self) -> int:
+    """Of a block of a row: a page is fetched in blocks of 128 lanes. Two bfloat16 rows of wider
+    memory would have to be put together from halves at each load."""
+    return min(self.width, pages.LANES)
+
+  @property
+  def blocks(self) -> int:
+    return self.width // self.lanes
+
+  @property
   def largest(self) -> Class:
     return self.classes[-1]
 

@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import chip as chips
-from kernels.ragged_paged_attention import pages, tile
+from kernels.attention_tile import LOG2_E, query_factor
+from kernels.ragged_paged_attention import pages
 from kernels.ragged_paged_attention.kernel import Kernel, Refs, kernel
 from kernels.ragged_paged_attention.layout import Layout, Tiles, layout, steps, up
 from kernels.ragged_paged_attention.reference import MASKED, Features, check
@@ -57,35 +58,30 @@ def attention(
   target = chips.get(chip)
   sizes = layout(q, k_new, v_new, kv_pages, page_table, tiles or Tiles(), target.device_cores)
   work = steps(q_starts, len(q), sizes)
+  scales = jnp.ones((2, sizes.groups)) if kv_scales is None else kv_scales.astype(jnp.float32)
   given = (
-    jnp.zeros(q.shape[1]) if sinks is None else sinks.astype(jnp.float32),
-    _factors(features, kv_scales, sizes.groups),
-    _queries(q, sizes),
+    jnp.zeros(q.shape[1]) if sinks is None else sinks.astype(jnp.float32) * LOG2_E,
+    scales[1],
+    _queries(q, scales[0] * query_factor(scale, soft_cap), sizes),
     _new_keys(k_new, v_new, kv_scales, kv_pages.dtype, q.dtype, sizes),
     kv_pages,
   )
   call = _call(Kernel(sizes, features, sinks is not None), given, len(work), return_lse, target)
   out, kv_pages, *lse = call(*work, kv_lengths, q_starts, page_table.reshape(-1), *given)
   live = (jnp.arange(len(q)) < q_starts[-1])[:, None, None]
-  value = sizes.value_lanes - v_new.shape[2]  # the lane where the output starts
-  out = jnp.where(live, _tokens(out, len(q), sizes)[..., value:], 0)
+  first = pages.value_offset(k_new.shape[2], v_new.shape[2]) - sizes.value_lane
+  out = jnp.where(live, _tokens(out, len(q), sizes)[..., first : first + v_new.shape[2]], 0)
   if not return_lse:
     return out, kv_pages
   lse = _tokens(lse[0][..., :1], len(q), sizes)
   return out, kv_pages, jnp.where(live, lse, MASKED)[..., 0]
 
 
-def _factors(features: Features, kv_scales: jax.Array | None, groups: int) -> jax.Array:
-  """[2, G] float32: of q k, as `tile.attend` wants it, and of the output."""
-  k, v = jnp.ones((2, groups)) if kv_scales is None else kv_scales.astype(jnp.float32)
-  unit = tile.LOG2E if features.soft_cap is None else 1 / features.soft_cap
-  return jnp.stack([k * (features.scale * unit), v])
-
-
-def _queries(q: jax.Array, sizes: Layout) -> jax.Array:
-  """[T, H, K] -> [G, rows, key lanes], zeros behind what is there."""
+def _queries(q: jax.Array, factor: jax.Array, sizes: Layout) -> jax.Array:
+  """[T, H, K] times factor [G] -> [G, rows, key lanes], zeros behind what is there."""
   tokens, _, width = q.shape
-  q = q.reshape(tokens, sizes.groups, sizes.repeat, width).transpose(1, 0, 2, 3)
+  q = q.reshape(tokens, sizes.groups, sizes.repeat, width)
+  q = (q.astype(jnp.float32) * factor[:, None, None]).astype(q.dtype).transpose(1, 0, 2, 3)
   q = q.reshape(sizes.groups, tokens * sizes.repeat, width)
   rows = up(tokens * sizes.repeat, sizes.align) + sizes.largest.rows - q.shape[1]
   return jnp.pad(q, ((0, 0), (0, rows), (0, sizes.key_lanes - width)))
@@ -110,7 +106,7 @@ def _call(static: Kernel, given, prefetched: int, return_lse: bool, target: chip
   hbm, smem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.SMEM)
   out = [jax.ShapeDtypeStruct((*q.shape[:2], sizes.value_lanes), q.dtype), kv_pages]
   if return_lse:
-    out.append(jax.ShapeDtypeStruct((*q.shape[:2], tile.LANES), jnp.float32))
+    out.append(jax.ShapeDtypeStruct((*q.shape[:2], pages.LANES), jnp.float32))
   scratch = _scratch(sizes, q.dtype, kv_pages.dtype, return_lse)
   scalars = prefetched + 3
   names = tuple(n for n in Refs._fields if return_lse or not n.startswith("lse"))
@@ -142,18 +138,18 @@ def _scratch(sizes: Layout, dtype, kept, return_lse: bool) -> dict:
   found = {
     "q_buffer": vmem(2, block, rows, sizes.key_lanes, dtype=dtype),
     "new_buffer": vmem(2, block, new, width, dtype=dtype),
-    "keys": vmem(2, block, sizes.keys, width, dtype=kept),
+    "keys": vmem(2, sizes.blocks, block, sizes.keys, sizes.lanes, dtype=kept),
     "fresh": vmem(block, new, width),
     "stage": vmem(block, new, width, dtype=kept),
-    "m": vmem(block, rows, tile.LANES),
-    "l": vmem(block, rows, tile.LANES),
+    "m": vmem(block, rows, pages.LANES),
+    "l": vmem(block, rows, pages.LANES),
     "acc": vmem(block, rows, lanes),
     "out_buffer": vmem(block, rows, lanes, dtype=dtype),
     "out_end": vmem(block, align, lanes),
   }
   if return_lse:
-    found["lse_buffer"] = vmem(block, rows, tile.LANES)
-    found["lse_end"] = vmem(block, align, tile.LANES)
+    found["lse_buffer"] = vmem(block, rows, pages.LANES)
+    found["lse_end"] = vmem(block, align, pages.LANES)
   found["slot"] = pltpu.SMEM((1,), jnp.int32)
   found["load_sems"] = found["key_sems"] = pltpu.SemaphoreType.DMA((2,))
   found["write_sem"] = found["out_sem"] = pltpu.SemaphoreType.DMA
