@@ -26,19 +26,20 @@ from kernels.ragged_paged_attention import pages
 class Tiles:
   """How much a step and a turn of its loop take. Raises ValueError for sizes that do not fit."""
 
-  rows: int = 512  # query rows of a tile of a prompt: tokens times R
+  rows: int = 512  # query rows of a tile of a prompt: tokens times R, and some at its borders
   keys: int = 512  # of a tile; the same for prompts and single tokens, so both sum in one order
   heads: int = 8  # key heads at most that are worked on together, limited by VMEM
 
   def __post_init__(self):
-    for name, least in (("rows", 16), ("keys", 32), ("heads", 1)):
-      if getattr(self, name) < least:
-        raise ValueError(f"tiles: expected {name} >= {least}, found {getattr(self, name)}")
+    for name, unit in (("rows", pages.LANES), ("keys", 32), ("heads", 1)):
+      if (found := getattr(self, name)) < unit or found % unit:
+        raise ValueError(f"tiles: expected {name} to be a multiple of {unit}, found {found}")
 
 
 class Class(NamedTuple):
   """Steps of one size."""
 
+  small: bool
   tokens: int  # new tokens of a step at most
   rows: int  # query rows of its window
   new: int  # rows of its window of new keys
@@ -100,7 +101,6 @@ def layout(q, k_new, v_new, kv_pages, page_table, tiles: Tiles, cores: int) -> L
   narrow = key_width + value_width <= pages.LANES
   width = pages.row_width(key_width, value_width)
   offset = pages.value_offset(key_width, value_width)
-  largest = max(1, tiles.rows // repeat)
   return Layout(
     groups=groups,
     block=_block(groups, tiles.heads, cores),
@@ -113,7 +113,7 @@ def layout(q, k_new, v_new, kv_pages, page_table, tiles: Tiles, cores: int) -> L
     keys=up(tiles.keys, page),
     unit=unit,
     align=align,
-    classes=tuple(_class(tokens, repeat, align, unit) for tokens in sorted({1, largest})),
+    classes=_classes(tiles.rows, repeat, align, unit),
   )
 
 
@@ -123,10 +123,14 @@ def _block(groups: int, most: int, cores: int) -> int:
   return max(n for n in range(1, groups // parts + 1) if groups // parts % n == 0 and n <= most)
 
 
-def _class(tokens: int, repeat: int, align: int, unit: int) -> Class:
+def _classes(rows: int, repeat: int, align: int, unit: int) -> tuple[Class, Class]:
+  """Steps of single tokens, and steps whose window is `rows`, or as much as two tokens need."""
   before = align - math.gcd(repeat, align)  # rows of neighbours that a window may start with
-  coarse = max(align, unit)
-  return Class(tokens, up(before + tokens * repeat, align), up(tokens - 1 + coarse, coarse))
+  window = lambda tokens: up(before + tokens * repeat, align)
+  rows = max(rows, up(window(2), pages.LANES))
+  tokens, coarse = (rows - before) // repeat, max(align, unit)
+  new = lambda tokens: up(tokens - 1 + coarse, coarse)
+  return Class(True, 1, window(1), new(1)), Class(False, tokens, rows, new(tokens))
 
 
 class Steps(NamedTuple):

@@ -3,8 +3,8 @@
 A row of a page holds the key and the value of one token and one key head, side by side: one copy
 fetches both. The array of pages is [pages, G, rows, W], so a page is contiguous and the rows of one
 head are a matrix that a TPU multiplies as it stands. W is `row_width`: a key and a value of 64
-share the 128 lanes that each alone would take; from 128 on the value starts at a multiple of 128 lanes.
-What lies between and behind them is 0. Heads may be sharded (axis 1).
+share the 128 lanes that each alone would take; from 128 on the value starts at a multiple of 128
+lanes and W is one. What lies between and behind them is 0. Heads may be sharded (axis 1).
 
 Rows per page: any on CPU; on a TPU a multiple of the rows of a tile (8 float32, 16 bfloat16, 32
 int8 and float8), so 32 and more is good for all.

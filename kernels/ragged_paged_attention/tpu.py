@@ -125,6 +125,7 @@ def _call(static: Kernel, given, prefetched: int, return_lse: bool, target: chip
       dimension_semantics=("parallel",),
       vmem_limit_bytes=int(VMEM_SHARE * target.vmem_bytes),
       has_side_effects=True,
+      flags={"XLA_TPU_FORCE_LP_LLO_SCHEDULER": True},
     ),
     name="ragged_paged_attention",
   )
@@ -134,16 +135,20 @@ def _scratch(sizes: Layout, dtype, kept, return_lse: bool) -> dict:
   """Memory of the kernel, by its name in `Refs`."""
   block, width, align = sizes.block, sizes.width, sizes.align
   rows, new, lanes = sizes.largest.rows, sizes.largest.new, sizes.value_lanes
+  few = sizes.classes[0].rows
   vmem = lambda *shape, dtype=jnp.float32: pltpu.VMEM(shape, dtype)
   found = {
     "q_buffer": vmem(2, block, rows, sizes.key_lanes, dtype=dtype),
     "new_buffer": vmem(2, block, new, width, dtype=dtype),
     "keys": vmem(2, sizes.blocks, block, sizes.keys, sizes.lanes, dtype=kept),
-    "fresh": vmem(block, new, width),
+    "fresh": vmem(sizes.blocks, block, new + 2 * sizes.unit, sizes.lanes),
     "stage": vmem(block, new, width, dtype=kept),
-    "m": vmem(block, rows, pages.LANES),
-    "l": vmem(block, rows, pages.LANES),
-    "acc": vmem(block, rows, lanes),
+    "top": vmem(block, few, pages.LANES),
+    "total": vmem(block, few, pages.LANES),
+    "acc": vmem(block, few, lanes),
+    "top_columns": vmem(block, 1, rows),
+    "total_columns": vmem(block, 1, rows),
+    "acc_columns": vmem(block, lanes, rows),
     "out_buffer": vmem(block, rows, lanes, dtype=dtype),
     "out_end": vmem(block, align, lanes),
   }
