@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import chip as chips
+from kernels import tiles as tile_table
 from kernels.attention_tile import LOG2_E, query_factor
 from kernels.ragged_paged_attention import pages
 from kernels.ragged_paged_attention.kernel import Kernel, Refs, kernel
@@ -46,7 +47,7 @@ def attention(
   """`reference.attention` in one Pallas kernel; donate the pages, they are written in place.
 
   Args:
-    tiles: how the work is cut.
+    tiles: how the work is cut; None takes what `kernels.tiles` has.
     chip: a name of `kernels.chip.CHIPS`.
 
   Raises:
@@ -56,7 +57,8 @@ def attention(
   check(q, k_new, v_new, kv_pages, kv_lengths, page_table, q_starts, sinks, kv_scales)
   features = Features(scale, window, soft_cap)
   target = chips.get(chip)
-  sizes = layout(q, k_new, v_new, kv_pages, page_table, tiles or Tiles(), target.device_cores)
+  tiles = tiles or Tiles(**tile_table.find("ragged_paged_attention", chip))
+  sizes = layout(q, k_new, v_new, kv_pages, page_table, tiles, target.device_cores)
   work = steps(q_starts, len(q), sizes)
   scales = jnp.ones((2, sizes.groups)) if kv_scales is None else kv_scales.astype(jnp.float32)
   given = (
