@@ -21,6 +21,7 @@ class Row(NamedTuple):
   found: str  # how
 
 
+_FIRST_GUESS = "no search: fits VMEM"
 ROWS: tuple[Row, ...] = (
   Row(
     "ragged_paged_attention",
@@ -28,6 +29,13 @@ ROWS: tuple[Row, ...] = (
     ANY,
     {"rows": 512, "keys": 512, "heads": 8},
     "static, prefill_4096 and decode_64x4096: docs/results.md",
+  ),
+  Row(
+    "linear_logprob",
+    ANY,
+    ANY,
+    {"rows": 512, "tokens": 512, "backward_rows": 512, "backward_tokens": 512},
+    _FIRST_GUESS,
   ),
 )
 

@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns the exit status: 0; 1 after an error of the engine; 2 after one line on what was wrong.
   """
   options = tyro.cli(Serve, prog="python -m launch.serve", args=argv)
-  logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+  _log_to_stderr()
   try:
     server = prepare(options)
     server.run()
@@ -122,6 +122,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
   return 1 if server.failed or not server.started else 0
+
+
+def _log_to_stderr() -> None:
+  """Ours only: libraries that were imported have set up the root logger each in their own way."""
+  handler = logging.StreamHandler()
+  handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+  log.handlers.clear()
+  log.addHandler(handler)
+  log.propagate = False
+  log.setLevel(logging.INFO)
 
 
 def prepare(options: Serve) -> Server:

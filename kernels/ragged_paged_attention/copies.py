@@ -128,7 +128,7 @@ def store(r: Refs, step: Step, sizes: Layout, *, start: bool) -> None:
     def copy(size=size):
       rows = pl.ds(aligned(step.row * sizes.repeat, sizes.align), size.rows)
       for source, target in ((r.out_buffer, r.out), (r.lse_buffer, r.lse)):
-        if source is None:
+        if source is None or target is None:
           continue
         one = pltpu.make_async_copy(
           source.at[:, pl.ds(0, size.rows)], target.at[heads(sizes), rows], r.out_sem

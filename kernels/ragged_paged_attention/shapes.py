@@ -53,25 +53,25 @@ FAMILIES = (
 
 def arguments(shape: Shape) -> tuple[tuple, dict]:
   """(positional, keyword) arguments of `ragged_paged_attention` as `jax.ShapeDtypeStruct`s."""
-  spec = lambda *size, dtype=shape.dtype: jax.ShapeDtypeStruct(size, jnp.dtype(dtype))
+  spec = lambda dtype, *size: jax.ShapeDtypeStruct(size, jnp.dtype(dtype))
   count = len(shape.sequences)
   used = sum(-(-length // shape.page_rows) for _, length in shape.sequences)
   width = row_width(shape.width, shape.value_width)
   positional = (
-    spec(shape.tokens, shape.heads, shape.width),
-    spec(shape.tokens, shape.groups, shape.width),
-    spec(shape.tokens, shape.groups, shape.value_width),
-    spec(used, shape.groups, shape.page_rows, width, dtype=shape.kv_dtype),
+    spec(shape.dtype, shape.tokens, shape.heads, shape.width),
+    spec(shape.dtype, shape.tokens, shape.groups, shape.width),
+    spec(shape.dtype, shape.tokens, shape.groups, shape.value_width),
+    spec(shape.kv_dtype, used, shape.groups, shape.page_rows, width),
   )
   options = {
-    "kv_lengths": spec(count, dtype="int32"),
-    "page_table": spec(count, shape.pages_per_sequence, dtype="int32"),
-    "q_starts": spec(count + 1, dtype="int32"),
+    "kv_lengths": spec("int32", count),
+    "page_table": spec("int32", count, shape.pages_per_sequence),
+    "q_starts": spec("int32", count + 1),
   }
   if shape.sinks:
-    options["sinks"] = spec(shape.heads, dtype="float32")
+    options["sinks"] = spec("float32", shape.heads)
   if jnp.dtype(shape.kv_dtype).itemsize == 1:
-    options["kv_scales"] = spec(2, shape.groups, dtype="float32")
+    options["kv_scales"] = spec("float32", 2, shape.groups)
   return positional, options
 
 

@@ -1,6 +1,6 @@
 """What the parts of the TPU kernel share: its memory, and a step in scalars."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,44 +9,47 @@ from jax.experimental import pallas as pl
 from kernels.ragged_paged_attention.layout import Layout
 from kernels.ragged_paged_attention.reference import Features
 
+Ref = Any  # memory of a Pallas kernel
+Scalar = Any  # int32 of a kernel: traced, or a Python number
+
 
 class Refs(NamedTuple):
   """Memory of the kernel; the first six are scalars, prefetched."""
 
-  step_sequence: jax.Ref  # [steps]
-  step_row: jax.Ref  # [steps]
-  count: jax.Ref  # [1] steps
-  kv_lengths: jax.Ref  # [N]
-  q_starts: jax.Ref  # [N + 1]
-  page_table: jax.Ref  # [N P]
-  sinks: jax.Ref  # [H] SMEM, times log2(e)
-  value_scales: jax.Ref  # [G] SMEM
-  q: jax.Ref  # [G, rows, key lanes] HBM
-  new: jax.Ref  # [G, rows, W] HBM
-  pages_before: jax.Ref  # HBM; the same memory as `pages`
-  out: jax.Ref  # [G, rows, value lanes] HBM
-  pages: jax.Ref  # [pages, G, page, W] HBM
-  lse: jax.Ref | None  # [G, rows, 128] HBM
-  q_buffer: jax.Ref  # [2, G, rows, key lanes]
-  new_buffer: jax.Ref  # [2, G, new, W]
-  keys: jax.Ref  # [2, blocks, G, keys, lanes], two tiles
-  fresh: jax.Ref  # [blocks, G, new + 2 unit, lanes] float32, what is new
-  stage: jax.Ref  # [G, new, W], what is written
-  top: jax.Ref  # [G, rows, 128], the state of small steps, see `attention_tile`
-  total: jax.Ref  # [G, rows, 128]
-  acc: jax.Ref  # [G, rows, value lanes]
-  top_columns: jax.Ref  # [G, 1, rows], the state of other steps
-  total_columns: jax.Ref  # [G, 1, rows]
-  acc_columns: jax.Ref  # [G, value lanes, rows]
-  out_buffer: jax.Ref  # [G, rows, value lanes]
-  out_end: jax.Ref  # [G, align, value lanes] float32, the last rows that were written
-  lse_buffer: jax.Ref | None  # [G, rows, 128]
-  lse_end: jax.Ref | None  # [G, align, 128]
-  slot: jax.Ref  # [1] SMEM, the buffer of the tile that comes next
-  load_sems: jax.Ref  # [2] of queries and new keys
-  key_sems: jax.Ref  # [2]
-  write_sem: jax.Ref
-  out_sem: jax.Ref
+  step_sequence: Ref  # [steps]
+  step_row: Ref  # [steps]
+  count: Ref  # [1] steps
+  kv_lengths: Ref  # [N]
+  q_starts: Ref  # [N + 1]
+  page_table: Ref  # [N P]
+  sinks: Ref  # [H] SMEM, times log2(e)
+  value_scales: Ref  # [G] SMEM
+  q: Ref  # [G, rows, key lanes] HBM
+  new: Ref  # [G, rows, W] HBM
+  pages_before: Ref  # HBM; the same memory as `pages`
+  out: Ref  # [G, rows, value lanes] HBM
+  pages: Ref  # [pages, G, page, W] HBM
+  lse: Ref | None  # [G, rows, 128] HBM
+  q_buffer: Ref  # [2, G, rows, key lanes]
+  new_buffer: Ref  # [2, G, new, W]
+  keys: Ref  # [2, blocks, G, keys, lanes], two tiles
+  fresh: Ref  # [blocks, G, new + 2 unit, lanes] float32, what is new
+  stage: Ref  # [G, new, W], what is written
+  top: Ref  # [G, rows, 128], the state of small steps, see `attention_tile`
+  total: Ref  # [G, rows, 128]
+  acc: Ref  # [G, rows, value lanes]
+  top_columns: Ref  # [G, 1, rows], the state of other steps
+  total_columns: Ref  # [G, 1, rows]
+  acc_columns: Ref  # [G, value lanes, rows]
+  out_buffer: Ref  # [G, rows, value lanes]
+  out_end: Ref  # [G, align, value lanes] float32, the last rows that were written
+  lse_buffer: Ref | None  # [G, rows, 128]
+  lse_end: Ref | None  # [G, align, 128]
+  slot: Ref  # [1] SMEM, the buffer of the tile that comes next
+  load_sems: Ref  # [2] of queries and new keys
+  key_sems: Ref  # [2]
+  write_sem: Ref
+  out_sem: Ref
 
 
 class Step(NamedTuple):

@@ -9,6 +9,7 @@ the rows beside it.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import chip as chips
 from kernels import tiles as tile_table
+from kernels import varying
 from kernels.attention_tile import LOG2_E, query_factor
 from kernels.ragged_paged_attention import pages
 from kernels.ragged_paged_attention.kernel import Kernel, Refs, kernel
@@ -114,7 +116,7 @@ def _call(static: Kernel, given, prefetched: int, return_lse: bool, target: chip
   names = tuple(n for n in Refs._fields if return_lse or not n.startswith("lse"))
   return pl.pallas_call(
     functools.partial(kernel, static=static, names=names),
-    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out],
+    out_shape=[varying.out(x.shape, x.dtype, *given) for x in out],
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=scalars,
       grid=(sizes.groups // sizes.block,),
@@ -133,30 +135,31 @@ def _call(static: Kernel, given, prefetched: int, return_lse: bool, target: chip
   )
 
 
-def _scratch(sizes: Layout, dtype, kept, return_lse: bool) -> dict:
+def _scratch(sizes: Layout, dtype, kept, return_lse: bool) -> dict[str, Any]:
   """Memory of the kernel, by its name in `Refs`."""
   block, width, align = sizes.block, sizes.width, sizes.align
   rows, new, lanes = sizes.largest.rows, sizes.largest.new, sizes.value_lanes
   few = sizes.classes[0].rows
-  vmem = lambda *shape, dtype=jnp.float32: pltpu.VMEM(shape, dtype)
-  found = {
-    "q_buffer": vmem(2, block, rows, sizes.key_lanes, dtype=dtype),
-    "new_buffer": vmem(2, block, new, width, dtype=dtype),
-    "keys": vmem(2, sizes.blocks, block, sizes.keys, sizes.lanes, dtype=kept),
-    "fresh": vmem(sizes.blocks, block, new + 2 * sizes.unit, sizes.lanes),
-    "stage": vmem(block, new, width, dtype=kept),
-    "top": vmem(block, few, pages.LANES),
-    "total": vmem(block, few, pages.LANES),
-    "acc": vmem(block, few, lanes),
-    "top_columns": vmem(block, 1, rows),
-    "total_columns": vmem(block, 1, rows),
-    "acc_columns": vmem(block, lanes, rows),
-    "out_buffer": vmem(block, rows, lanes, dtype=dtype),
-    "out_end": vmem(block, align, lanes),
+  vmem = lambda dtype, *shape: pltpu.VMEM(shape, dtype)
+  float32 = functools.partial(vmem, jnp.float32)
+  found: dict[str, Any] = {
+    "q_buffer": vmem(dtype, 2, block, rows, sizes.key_lanes),
+    "new_buffer": vmem(dtype, 2, block, new, width),
+    "keys": vmem(kept, 2, sizes.blocks, block, sizes.keys, sizes.lanes),
+    "fresh": float32(sizes.blocks, block, new + 2 * sizes.unit, sizes.lanes),
+    "stage": vmem(kept, block, new, width),
+    "top": float32(block, few, pages.LANES),
+    "total": float32(block, few, pages.LANES),
+    "acc": float32(block, few, lanes),
+    "top_columns": float32(block, 1, rows),
+    "total_columns": float32(block, 1, rows),
+    "acc_columns": float32(block, lanes, rows),
+    "out_buffer": vmem(dtype, block, rows, lanes),
+    "out_end": float32(block, align, lanes),
   }
   if return_lse:
-    found["lse_buffer"] = vmem(block, rows, pages.LANES)
-    found["lse_end"] = vmem(block, align, pages.LANES)
+    found["lse_buffer"] = float32(block, rows, pages.LANES)
+    found["lse_end"] = float32(block, align, pages.LANES)
   found["slot"] = pltpu.SMEM((1,), jnp.int32)
   found["load_sems"] = found["key_sems"] = pltpu.SemaphoreType.DMA((2,))
   found["write_sem"] = found["out_sem"] = pltpu.SemaphoreType.DMA

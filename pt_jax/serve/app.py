@@ -117,7 +117,7 @@ class Server:
   async def _answer(self, request: Request, read: Read) -> Response:
     """Reads, submits and answers. Tickets are closed whatever happens."""
     arrived = asyncio.get_running_loop().time()
-    body = protocol.read_body(await protocol.receive(request.stream(), self._limits.body_bytes))
+    body = await protocol.receive(request.stream(), self._limits)
     ask = await asyncio.to_thread(read, body, self._served, self._limits)
     wanted = jobs(ask)
     if (there := self._worker.samples) + sum(max(1, j.n) for j in wanted) > self._limits.queue:

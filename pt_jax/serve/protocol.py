@@ -4,6 +4,7 @@ A field that is not known, or not supported, is an error that names it: an optio
 ignored would change what an experiment measures. Fields that only name the caller are let through.
 """
 
+import asyncio
 import dataclasses
 import json
 from collections.abc import AsyncIterator, Sequence
@@ -126,14 +127,20 @@ def _validator(required: str, fields: dict[str, Any]) -> jsonschema.Draft202012V
 _COMPLETIONS, _CHATS = _validator("prompt", _COMPLETION), _validator("messages", _CHAT)
 
 
-async def receive(chunks: AsyncIterator[bytes], most: int) -> bytes:
-  """A body. Raises ApiError as soon as it is longer than `most`."""
+async def receive(chunks: AsyncIterator[bytes], limits: Limits) -> dict[str, Any]:
+  """A request's JSON object. Raises ApiError as soon as it is too long, or takes too long."""
   data = bytearray()
-  async for chunk in chunks:
-    data += chunk
-    if len(data) > most:
-      raise ApiError(413, f"the body: expected at most {most} bytes", code="body_too_large")
-  return bytes(data)
+  try:
+    async with asyncio.timeout(limits.seconds):
+      async for chunk in chunks:
+        data += chunk
+        if len(data) > limits.body_bytes:
+          message = f"the body: expected at most {limits.body_bytes} bytes"
+          raise ApiError(413, message, code="body_too_large")
+  except TimeoutError:
+    message = f"the body did not come within {limits.seconds:g} s"
+    raise ApiError(408, message, code="timeout") from None
+  return read_body(bytes(data))
 
 
 def read_body(data: bytes) -> dict[str, Any]:

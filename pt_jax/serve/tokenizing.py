@@ -37,7 +37,7 @@ def routes(served: Served, limits: Limits) -> list[Route]:
 
 async def _answered(request: Request, answer: Any, limits: Limits) -> Response:
   try:
-    body = protocol.read_body(await protocol.receive(request.stream(), limits.body_bytes))
+    body = await protocol.receive(request.stream(), limits)
     return JSONResponse(await asyncio.to_thread(answer, body))
   except ApiError as error:
     return JSONResponse(error.body(), error.status, error.headers())

@@ -388,6 +388,9 @@ def test_a_request_may_not_take_for_ever(mesh):
     assert (status, error["code"]) == (504, "timeout") and "0.3 s" in error["message"]
     status, _, body = client.send("POST", COMPLETIONS, LONG | {"stream": True})
     assert status == 200 and b'"code": "timeout"' in body and b"[DONE]" not in body
+    with socket.create_connection(("127.0.0.1", client.port)) as half:
+      half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+      assert half.recv(4096).startswith(b"HTTP/1.1 408 ")
     wait_until(lambda: len(Stuck.aborted) == 2)
     assert client.figure("pt_jax_aborted_total") == 2
 
