@@ -56,9 +56,7 @@ CASES = (
     flops=3 * _flops(1024, 151_936),
     budget=True,
   ),
-  Case(
-    "qwen3_8b_forward", program(4096, 4096, 151_936), flops=_flops(4096, 151_936), slow=True
-  ),
+  Case("qwen3_8b_forward", program(4096, 4096, 151_936), flops=_flops(4096, 151_936), slow=True),
   Case(
     "qwen3_8b_backward",
     program(4096, 4096, 151_936, backward=True),

@@ -5,9 +5,10 @@ and sums are kept for each of the 128 lanes, so that nothing crosses lanes befor
 Backward, two passes: one by hidden states (the grid of the forward pass), one by the matrix (tokens
 outside), each with its gradient in a float32 accumulator.
 
-A product over the width is a loop over slices of it: as one it would be some ten thousand
-instructions, which took half a minute to compile. Numbers of a row travel in the lanes of one [N, 128] array. The last tile of the matrix may reach
-past its end; what lies there is masked. Rows are padded.
+A product over the width is a loop over slices of it where it is wider than one: it compiles for
+half a minute at a width of 4096, the two loops of 8192 no longer. Numbers of a row travel in the
+lanes of one [N, 128] array. The last tile of the matrix may reach past its end; what lies there is
+masked. Rows are padded.
 """
 
 import functools
@@ -25,7 +26,9 @@ from kernels.linear_logprob.partial import Partial
 
 LANES = 128
 ROWS_MULTIPLE = 16  # of a bfloat16 tile
-SLICE = 4096  # of the width, in a turn of the loops over it
+# Of the width, in a turn of the loops over it. Static, at a width of 4096: in slices of 1024 the
+# matrix units of v5e are busy 88 % of the forward pass, in ones of 2048 90 %, in one piece 97 %.
+SLICE = 4096
 MASKED = -1e30  # finite: the difference of two is no NaN
 # Lanes of what the forward pass writes, labels behind; and of what the backward pass reads.
 TOP, TOTAL, WEIGHTED, BEST, LABELS = range(5)
