@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
 _BLOCKS = {"q_block": 1024, "k_block": 1024}
 _ATTENTION = (
-  "static 2026-11-25, v5e and v6e, heads of 128 in bfloat16: the fewest cycles of a whole block, of "
+  "static 2026-11-25, v5e and v6e, heads of 128 in bfloat16: fewest cycles of a whole block, of "
   "4 tiles in 256, 512 and 1024"
 )
 _FIRST_GUESS = "no search: fits VMEM"
