@@ -344,16 +344,18 @@ class Experiment:
   stages: tuple[Stage, ...]
   tokenizer: Callable[[], Tokenizer]
   model: ModelConfig | None = None  # from scratch; or
-  checkpoint: str | None = None  # a folder in HF format, its config and its weights
+  checkpoint: str | None = (
+    None  # a folder in HF format, its weights and, without `model`, its config
+  )
   initial: str | None = None  # with `model`: what a stage of another run left, RUN/params/STAGE
   mesh: MeshShape = MeshShape()
   zero: int = 1
   seed: int = 0
 
   def __post_init__(self):
-    if (self.model is None) == (self.checkpoint is None):
-      raise ValueError(f"experiment {self.name}: give either model or checkpoint")
-    if self.initial is not None and self.model is None:
+    if self.model is None and self.checkpoint is None:
+      raise ValueError(f"experiment {self.name}: give model or checkpoint")
+    if self.initial is not None and self.checkpoint is not None:
       raise ValueError(f"experiment {self.name}: initial needs model, found a checkpoint")
     names = [stage.name for stage in self.stages]
     if not names or len(set(names)) < len(names):

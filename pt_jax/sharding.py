@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 P = jax.P
@@ -118,7 +119,13 @@ def make_mesh(
       f"{math.prod(abs(s) for s in sizes.values())} devices, found {count}"
     )
   kinds = (AxisType.Explicit,) * len(MESH_AXES)
-  return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
+  shape = tuple(sizes.values())
+  try:
+    return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
+  except NotImplementedError:  # an axis is no product of axes of the torus: it takes a part of one
+    given = jax.devices() if devices is None else devices
+    split = mesh_utils.create_device_mesh(shape, given, allow_split_physical_axes=True)
+    return Mesh(split, MESH_AXES, axis_types=kinds)
 
 
 def check_divides(name: str, shape: Sequence[int], axes: Axes, rules: Rules, mesh: Mesh) -> None:

@@ -190,6 +190,10 @@ def test_grpo_gsm8k_from_a_checkpoint(tmp_path, one_device):
     slots=4,
     held_out=4,
   )
+  other = dataclasses.replace(experiment, model=dataclasses.replace(model, rope_theta=5.0))
+  with pytest.raises(ValueError, match=r"config.json: rope_theta: expected 5.0 .*, found 10000.0"):
+    run_experiment(other, runs=tmp_path, id="1", quiet=True)
+  experiment = dataclasses.replace(experiment, model=dataclasses.replace(model, remat="none"))
   finished = run_experiment(experiment, runs=tmp_path, id="0", quiet=True)
   before, after = (jax.tree.leaves(tree)[0] for tree in (params, finished.params))
   assert before.shape == after.shape

@@ -95,11 +95,17 @@ def abstract_params(context: Context) -> Params:
 
 def abstract_state(updater: Creator, context: Context) -> Any:
   """Shapes, dtypes and shardings of a train state: what a checkpoint is restored onto."""
+  return abstract_created(updater, abstract_params(context), context.mesh)
+
+
+def abstract_created(updater: Creator, params: Params, mesh: jax.sharding.Mesh) -> Any:
+  """Shapes, dtypes and shardings of what `updater` makes of such parameters, on `mesh`, the one in
+  context."""
 
   def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     spec = (
       x.sharding.spec if x.sharding else jax.P()
     )  # eval_shape gives none where nothing is split
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(context.mesh, spec))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
 
-  return jax.tree.map(place, jax.eval_shape(updater.create, abstract_params(context)))
+  return jax.tree.map(place, jax.eval_shape(updater.create, params))

@@ -49,6 +49,7 @@ from pt_jax.losses.kl import adapted, kl_estimate
 from pt_jax.losses.options import Greedy, MonteCarlo
 from pt_jax.metrics import check_finite
 from pt_jax.models import heads
+from pt_jax.models.config import ModelConfig
 from pt_jax.steps import policy
 from pt_jax.steps.critic import score_values
 from pt_jax.steps.state import TrainState, Updater
@@ -147,21 +148,9 @@ class _Loop:
 
   def _compile(self) -> None:
     stage, config = self.stage, self.context.config
-    shared = {"config": config, "temperature": stage.sampling.temperature or 1.0}
-    self._one_update = stage.epochs * stage.minibatches == 1
-    head = stage.critic if isinstance(stage.critic, ValueHead) else None
-    of_head = {"value_coefficient": head.coefficient, "value_clip": head.clip} if head else {}
-    step = functools.partial(
-      policy.policy_step,
-      updater=self.updater,
-      objective=stage.objective,
-      first_update=self._one_update,
-      mixed=None if stage.mix is None else (stage.mix.objective, stage.mix.weight),
-      **of_head,
-      **shared,
-    )
-    self._update = jax.jit(step, donate_argnums=0)
-    self._score = jax.jit(functools.partial(policy.score, **shared))
+    self._update = compiled_update(stage, config, self.updater)
+    self._one_update = one_update(stage)
+    self._score = compiled_score(stage, config)
     if self._kl_in_reward and stage.objective.kl is not None:
       estimate = functools.partial(kl_estimate, estimator=stage.objective.kl.estimator)
       self._kl = jax.jit(jax.vmap(estimate))
@@ -427,6 +416,35 @@ class _Loop:
       self.engine, self.task, self.stack, stage.sampling, stage.evaluate_problems, self.context
     )
     self.context.stage.log(step, self.results)
+
+
+def one_update(stage: Online) -> bool:
+  """Whether a step is one update: the log-probs of its forward pass are then the old ones."""
+  return stage.epochs * stage.minibatches == 1
+
+
+def compiled_update(stage: Online, config: ModelConfig, updater: Updater) -> Any:
+  """The jitted, donated `policy.policy_step` of a stage: (state, batch with leaves [A, B, S], what
+  else its objective reads) -> (state, metrics)."""
+  head = stage.critic if isinstance(stage.critic, ValueHead) else None
+  of_head = {"value_coefficient": head.coefficient, "value_clip": head.clip} if head else {}
+  step = functools.partial(
+    policy.policy_step,
+    config=config,
+    temperature=stage.sampling.temperature or 1.0,
+    updater=updater,
+    objective=stage.objective,
+    first_update=one_update(stage),
+    mixed=None if stage.mix is None else (stage.mix.objective, stage.mix.weight),
+    **of_head,
+  )
+  return jax.jit(step, donate_argnums=0)
+
+
+def compiled_score(stage: Online, config: ModelConfig) -> Any:
+  """The jitted (params, batch with leaves [A, B, S]) -> log-probs [A, B, S]."""
+  temperature = stage.sampling.temperature or 1.0
+  return jax.jit(functools.partial(policy.score, config=config, temperature=temperature))
 
 
 def _tree(policy: Any, critic: Any) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from pt_jax.loops.reward_model import run_reward
 from pt_jax.loops.run import Run
 from pt_jax.loops.supervised import run_supervised
 from pt_jax.models import decoder, hf
+from pt_jax.models.config import ARCHITECTURE, ModelConfig
 from pt_jax.weights import Params
 
 PICTURES = (
@@ -90,7 +91,7 @@ def run_experiment(
   is written.
   """
   tokenizer = experiment.tokenizer()
-  config = experiment.model or hf.read_config(cast(str, experiment.checkpoint))
+  config = _config(experiment)
   table, layout = decoder.table(config), sharding.zero(experiment.zero)
   mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
   stages = [_opened_once(stage) for stage in experiment.stages]
@@ -121,6 +122,21 @@ def run_experiment(
         title, drawn = f"{experiment.name} {id}", _drawn(stages, opened.folder)
         report.write_report(opened.folder, title, rows, PICTURES, drawn)
   return Finished(opened.folder, results, params)
+
+
+def _config(experiment: Experiment) -> ModelConfig:
+  """The model; with a checkpoint, in the dtypes and with the rematerialisation that `model` asks
+  for. Raises ValueError where the checkpoint is of another model."""
+  if experiment.checkpoint is None:
+    return cast(ModelConfig, experiment.model)
+  saved = hf.read_config(experiment.checkpoint)
+  config = experiment.model or saved
+  for field in ARCHITECTURE:
+    wanted, found = getattr(config, field), getattr(saved, field)
+    if wanted != found:
+      where = f"{experiment.checkpoint}/config.json: {field}"
+      raise ValueError(f"{where}: expected {wanted} (the experiment's model), found {found}")
+  return config
 
 
 def results_table(results: Results) -> list[dict[str, str | float | None]]:

@@ -1,7 +1,10 @@
 """`ModelConfig`: what distinguishes one dense decoder from another (Llama 3, Qwen 2.5, Qwen 3)."""
 
 import dataclasses
+import typing
 from typing import Literal
+
+Remat = Literal["none", "block", "attention", "heads", "projections", "offload"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class ModelConfig:
   tied_embeddings: bool = False
   param_dtype: Literal["float32", "bfloat16"] = "float32"
   compute_dtype: Literal["float32", "bfloat16"] = "float32"
-  remat: Literal["none", "block"] = "block"  # what a block saves for its backward pass
+  remat: Remat = "block"  # what a block keeps for its backward pass, see `models.remat`
   unroll: bool = False  # blocks unrolled instead of scanned: longer compile, faster on CPU
   vocab_chunk: int = 8192  # logits that exist at once per token when log-probs are computed
 
@@ -46,5 +49,15 @@ class ModelConfig:
       raise ValueError(
         f"model config: heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
       )
+    if self.remat not in typing.get_args(Remat):
+      names = ", ".join(typing.get_args(Remat))
+      raise ValueError(f"model config: remat: expected one of {names}, found {self.remat!r}")
     if self.head_dim % 2:
       raise ValueError(f"model config: head_dim must be even for RoPE, found {self.head_dim}")
+
+
+# Fields that change what is computed; the others say how, and how long a row may be.
+ARCHITECTURE = (
+  *("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "hidden", "rope_theta"),
+  *("rope_scaling", "norm_epsilon", "qk_norm", "attention_bias", "tied_embeddings"),
+)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from kernels.flash_attention import flash_attention
 from pt_jax import weights
+from pt_jax.models import remat
 from pt_jax.models.config import Llama3Rope, ModelConfig
 from pt_jax.models.layers import rms_norm, rotate, swiglu
 from pt_jax.sharding import USE, Rules
@@ -110,10 +111,13 @@ def block(
   if c.qk_norm:
     q = rms_norm(q, w["q_norm"], c.norm_epsilon)
     k = rms_norm(k, w["k_norm"], c.norm_epsilon)
-  out, kept = attend(rotate(q, *angles), rotate(k, *angles), v)
+  q, k, v = remat.named(remat.HEADS, rotate(q, *angles), rotate(k, *angles), v)
+  out, kept = attend(q, k, v)
   x = x + project(out, w["o"], "bshk,hkd->bsd", out_sharding=act)
   y = rms_norm(x, w["mlp_norm"], c.norm_epsilon)
-  gated = swiglu(*(project(y, w[name], "bsd,df->bsf") for name in ("gate", "up")))
+  gated = swiglu(
+    *remat.named(remat.MLP, *(project(y, w[name], "bsd,df->bsf") for name in ("gate", "up")))
+  )
   return x + project(gated, w["down"], "bsf,fd->bsd", out_sharding=act), kept
 
 
@@ -192,8 +196,7 @@ def forward(
   def layer(x: jax.Array, w: Params) -> tuple[jax.Array, None]:
     return block(x, weights.reshard(w, block_rows, USE), c, angles, attend)
 
-  if c.remat == "block":
-    layer = jax.checkpoint(layer, prevent_cse=c.unroll)
+  layer = remat.remember(layer, c.remat, prevent_cse=c.unroll)
   x, _ = jax.lax.scan(layer, x, params["blocks"], unroll=c.layers if c.unroll else 1)
   return rms_norm(x, params["final_norm"], c.norm_epsilon)
 

@@ -126,7 +126,7 @@ CASES = {
   ),
   "config: neither model nor checkpoint": (
     lambda _: tiny.experiment(model=None),
-    "experiment tiny: give either model or checkpoint",
+    "experiment tiny: give model or checkpoint",
   ),
   "config: samples without prompts": (
     lambda _: tiny.experiment(tiny.stage(data=without_prompts)),

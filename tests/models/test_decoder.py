@@ -160,7 +160,17 @@ def test_positions_matter_only_by_their_differences():
 
 
 @pytest.mark.parametrize(
-  "changes", [{"remat": "block"}, {"unroll": True}, {"remat": "block", "unroll": True}], ids=str
+  "changes",
+  [
+    {"remat": "block"},
+    {"unroll": True},
+    {"remat": "block", "unroll": True},
+    {"remat": "attention"},
+    {"remat": "heads"},
+    {"remat": "projections"},
+    {"remat": "offload"},
+  ],
+  ids=str,
 )
 def test_how_blocks_are_run_changes_nothing(changes):
   assert_close(run(PACKED, dataclasses.replace(MODEL, **changes)), run(PACKED), 2e-6)

@@ -1,0 +1,116 @@
+"""The page that a plan prints."""
+
+from collections.abc import Sequence
+
+from pt_jax.plan import estimate
+from pt_jax.plan.compile import Analysis, Measured, Plan
+from pt_jax.plan.programs import model_of, work_of
+
+GIB = 1 << 30
+SMALL = 1 << 20  # bytes each way: collectives of less are told together
+
+
+def page(plan: Plan) -> str:
+  """All of a plan as text."""
+  return "\n".join([*_head(plan), *(line for one in plan.programs for line in _program(one, plan))])
+
+
+def _head(plan: Plan) -> list[str]:
+  config, work, chip = model_of(plan.experiment), work_of(plan.stage), plan.piece.chip
+  mesh = " ".join(f"{name}={size}" for name, size in (plan.choice.mesh or {}).items())
+  return [
+    f"{plan.experiment.name}, stage {plan.stage.name}, on {plan.piece.name} "
+    f"({plan.piece.chips} chips): {'fits' if plan.fits else 'DOES NOT FIT'}",
+    f"  model     {estimate.parameters(config) / 1e9:.2f} B parameters in {config.param_dtype}, "
+    f"computes in {config.compute_dtype}, remat {config.remat}",
+    f"  mesh      {mesh}; ZeRO {plan.experiment.zero}",
+    f"  update    {work.microbatches} x {work.rows} rows x {work.length} tokens = "
+    f"{work.tokens:,} tokens, {work.tokens // plan.piece.chips:,} a chip",
+    f"  a chip    {chip.bf16_flops / 1e12:.0f} TFLOP/s bfloat16, {chip.usable_hbm / GIB:.2f} GiB "
+    f"usable HBM a device at {chip.hbm_bandwidth / 1e9:.0f} GB/s",
+  ]
+
+
+def _program(one: Measured, plan: Plan) -> list[str]:
+  lines = ["", f"{one.program.name} (compiled in {one.seconds:.0f} s)", *_memory(one)]
+  if one.xla is None:
+    return lines
+  return [*lines, *_collectives(one.xla), *_kernels(one.xla), *_time(one, one.xla, plan)]
+
+
+def _memory(one: Measured) -> list[str]:
+  memory = one.memory
+  verdict = "fits" if memory.fits else "does not fit"
+  if not memory.compiled:
+    verdict += ": libtpu refuses it"
+  rows = [(name, gib(size)) for name, size in memory.parts.items()]
+  rows.append(("total", f"{gib(memory.total)} of {memory.usable / GIB:.2f}: {verdict}"))
+  return ["  HBM of a device, GiB", *columns(rows)]
+
+
+def _collectives(xla: Analysis) -> list[str]:
+  head = ("kind", "axis", "dtype", "runs", "GiB", "GiB each way", "beside other work")
+  rows = [
+    (
+      c.kind,
+      ",".join(c.axes) or "-",
+      c.dtype,
+      f"{c.runs:.0f}",
+      gib(c.bytes),
+      gib(c.moved),
+      f"{c.beside / c.bytes:.0%}" if c.bytes else "-",
+    )
+    for c in xla.collectives
+    if c.moved > SMALL
+  ]
+  small = [c.moved for c in xla.collectives if c.moved <= SMALL]
+  if small:
+    rows.append(("others", "", "", str(len(small)), "", gib(sum(small)), ""))
+  return ["  collectives of a device, one call", *columns([head, *rows])] if rows else []
+
+
+def _kernels(xla: Analysis) -> list[str]:
+  rows = [
+    (
+      k.name,
+      f"{k.runs:.0f} runs",
+      f"{k.cost.flops / 1e9:.1f} GFLOP each" if k.cost else "no cost given",
+    )
+    for k in xla.kernels
+  ]
+  return ["  Pallas kernels", *columns(rows)] if rows else []
+
+
+def _time(one: Measured, xla: Analysis, plan: Plan) -> list[str]:
+  r, chips = xla.roofline, plan.piece.chips
+  again = xla.flops / r.model_flops if r.model_flops else 0.0
+  rows = [
+    ("compute", seconds(r.compute), f"{xla.flops / 1e12:.2f} TFLOP, {again:.2f} x the model's"),
+    ("HBM", seconds(r.hbm), f"{xla.bytes / GIB:.1f} GiB"),
+    ("ICI", seconds(r.ici), f"{seconds(r.exposed)} of it with nothing beside"),
+  ]
+  lines = ["  time at the published peaks", *columns(rows)]
+  for name, time in (("roofline", r.seconds), ("in order", r.in_order)):
+    rate = one.program.tokens / chips / time
+    what = f"bound by {r.binding}" if name == "roofline" else "no two operations at a time"
+    lines.append(
+      f"    {name}: {seconds(time)} ({what}): {rate:,.0f} tokens/s/chip, MFU {r.mfu(time):.1%}"
+    )
+  return lines
+
+
+def gib(size: float) -> str:
+  """Bytes in GiB, aligned."""
+  return f"{size / GIB:9.3f}"
+
+
+def seconds(time: float) -> str:
+  """A duration in the unit that suits it."""
+  return f"{time:.2f} s" if time >= 1 else f"{time * 1e3:.2f} ms"
+
+
+def columns(rows: Sequence[tuple[str, ...]], indent: str = "    ") -> list[str]:
+  """Rows of text with aligned columns."""
+  widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+  line = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths))
+  return [indent + line(row).rstrip() for row in rows]
