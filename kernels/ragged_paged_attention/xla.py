@@ -45,7 +45,9 @@ def attention(
   return (out, kv_pages, lse) if return_lse else (out, kv_pages)
 
 
-def _blocks(q, kv_pages, value_width, features, logits, kv_scales, *, kv_lengths, page_table, q_starts):
+def _blocks(
+  q, kv_pages, value_width, features, logits, kv_scales, *, kv_lengths, page_table, q_starts
+):
   """Blocks of at most `BLOCK` queries of one sequence, one after the other."""
   tokens, heads, width = q.shape
   size = min(BLOCK, tokens)
@@ -73,7 +75,10 @@ def _blocks(q, kv_pages, value_width, features, logits, kv_scales, *, kv_lengths
     )
     # Rows behind the sequence are those of the next one, whose blocks come later.
     put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, 0)
-    some, log_sum = jnp.where(live[:, None, None], some, 0), jnp.where(live[:, None], log_sum, MASKED)
+    some, log_sum = (
+      jnp.where(live[:, None, None], some, 0),
+      jnp.where(live[:, None], log_sum, MASKED),
+    )
     return put(out, some), put(lse, log_sum)
 
   out, lse = jax.lax.fori_loop(0, ends[-1], block, (out, lse))

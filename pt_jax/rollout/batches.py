@@ -125,9 +125,7 @@ def _fill(out: Rows, row: int, sample: Sample, shapes: Shapes, view: int) -> Non
   out.write[row, : len(new)] = new
 
 
-def _allowed(
-  shapes: Shapes, count: int, places: Sequence[tuple[int, Sample]]
-) -> np.ndarray | None:
+def _allowed(shapes: Shapes, count: int, places: Sequence[tuple[int, Sample]]) -> np.ndarray | None:
   """Masks [R, V / 32] where a row has one now."""
   if not any(sample.bound for _, sample in places):
     return None

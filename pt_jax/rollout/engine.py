@@ -173,12 +173,11 @@ class Engine:
   def step(self) -> list[Output]:
     """One iteration: admits what fits, computes a chunk of prompts, draws tokens. Returns what is
     new of every sample, in the order in which they run."""
-    outputs = [sample.output(self.version) for sample in self._step()]
-    for output in outputs:
-      request = self._requests[output.request]
+    changed = self._step()
+    for request in {sample.request for sample in changed}:
       if all(sample.stop is not None for sample in request.samples):
-        self._requests.pop(output.request)
-    return outputs
+        del self._requests[request.number]
+    return [sample.output(self.version) for sample in changed]
 
   def abort(self, request: int) -> None:
     """Ends a request, of which nothing more comes. One that has ended is no error."""
@@ -313,9 +312,7 @@ class Engine:
     smaller = self._shapes.launch_rows(rows // self._shapes.parts // 2) * self._shapes.parts
     return samples - smaller if smaller < samples else samples
 
-  def _collect(
-    self, places: Sequence[tuple[int, Sample]], drawn: programs.Drawn
-  ) -> list[Sample]:
+  def _collect(self, places: Sequence[tuple[int, Sample]], drawn: programs.Drawn) -> list[Sample]:
     """Hands tokens to their samples and frees what the ones that ended had."""
     tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
     self.figures.pages_peak = max(self.figures.pages_peak, self._held())
