@@ -21,8 +21,18 @@ class Row(NamedTuple):
   found: str  # how
 
 
+_SQUARES = {"q_block": 1024, "k_block": 1024, "q_tile": 512, "k_tile": 512}
 _FIRST_GUESS = "no search: fits VMEM"
 ROWS: tuple[Row, ...] = (
+  Row("flash_attention", ANY, "forward", _SQUARES, "static, of 12 at a head of 128"),
+  Row("flash_attention", ANY, "backward", _SQUARES, _FIRST_GUESS),
+  Row(
+    "ragged_paged_attention",
+    ANY,
+    ANY,
+    {"rows": 512, "keys": 512, "heads": 8},
+    "static, prefill_4096 and decode_64x4096: docs/results.md",
+  ),
   Row(
     "linear_logprob",
     ANY,

@@ -1,11 +1,13 @@
 """Host arrays of what is compiled: samples as the rows of a launch, pieces as a chunk of prefill.
 
-Shapes come from short lists, so the number of programs is bounded: rows of a launch are `slots`, or
-that halved until 8 are left; positions of its view 64, 128, 256... ; tokens of a chunk 32, 64, 128...
+Shapes come from short lists, so the number of programs is bounded: rows of a launch are `slots`,
+or that halved until 8 are left; positions of its view 64, 128, 256... ; tokens of a chunk 32, 64,
+128...
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -78,27 +80,24 @@ def rows(
   stops = max(len(s.request.sampling.stop_tokens) for _, s in places)
   stops = max(STOP_TOKENS, 1 << (stops - 1).bit_length() if stops else 0)
   written = -(-(shapes.rows - 1 + tokens) // shapes.rows)
-  out = Rows(
-    *(whole() for _ in range(3)),
-    active=np.zeros(count, bool),
-    key=np.zeros((count, *places[0][1].request.key.shape), np.uint32),
-    number=whole(),
-    temperature=np.ones(count, np.float32),
-    top_k=whole(),
-    top_p=np.ones(count, np.float32),
-    min_p=np.zeros(count, np.float32),
-    stop_tokens=np.full((count, stops), -1, np.int32),
-    table=whole(view),
-    first=whole(),
-    write=np.full((count, written), shapes.pages, np.int32),
-    allowed=_allowed(shapes, count, places),
-  )
+  fields: dict[str, Any] = {
+    **{name: whole() for name in ("token", "position", "end", "number", "top_k", "first")},
+    "active": np.zeros(count, bool),
+    "key": np.zeros((count, *places[0][1].request.key.shape), np.uint32),
+    "temperature": np.ones(count, np.float32),
+    "top_p": np.ones(count, np.float32),
+    "min_p": np.zeros(count, np.float32),
+    "stop_tokens": np.full((count, stops), -1, np.int32),
+    "table": whole(view),
+    "write": np.full((count, written), shapes.pages, np.int32),
+    "allowed": _allowed(shapes, count, places),
+  }
   needs = Needs()
   for row, sample in places:
-    _fill(out, row, sample, shapes, view)
+    _fill(fields, row, sample, shapes, view)
     own = Needs.of(sample.request.sampling)
     needs = Needs(needs.cuts or own.cuts, max(needs.top, own.top))
-  return out, dataclasses.replace(needs, top=_reported(needs.top)), places
+  return Rows(**fields), dataclasses.replace(needs, top=_reported(needs.top)), places
 
 
 def _reported(top: int) -> int:
@@ -106,23 +105,31 @@ def _reported(top: int) -> int:
   return 1 << (top - 1).bit_length() if top else 0
 
 
-def _fill(out: Rows, row: int, sample: Sample, shapes: Shapes, view: int) -> None:
+def _fill(fields: dict[str, Any], row: int, sample: Sample, shapes: Shapes, view: int) -> None:
   request, first = sample.request, sample.computed // shapes.rows
   sampling = request.sampling
-  out.token[row], out.position[row] = sample.tokens[-1], sample.computed
-  out.end[row] = sample.border(shapes.max_length)
-  out.active[row] = True
-  out.key[row], out.number[row] = request.key, request.first + sample.index
-  out.temperature[row], out.top_k[row] = sampling.temperature, sampling.top_k
-  out.top_p[row], out.min_p[row] = sampling.top_p, sampling.min_p
-  out.stop_tokens[row, : len(sampling.stop_tokens)] = sampling.stop_tokens
+  values = {
+    "token": sample.tokens[-1],
+    "position": sample.computed,
+    "end": sample.border(shapes.max_length),
+    "active": True,
+    "key": request.key,
+    "number": request.first + sample.index,
+    "temperature": sampling.temperature,
+    "top_k": sampling.top_k,
+    "top_p": sampling.top_p,
+    "min_p": sampling.min_p,
+    "first": first,
+  }
+  for name, value in values.items():
+    fields[name][row] = value
+  fields["stop_tokens"][row, : len(sampling.stop_tokens)] = sampling.stop_tokens
   pages = sample.pages[:view]
-  out.table[row, : len(pages)] = pages
+  fields["table"][row, : len(pages)] = pages
   if sample.copied_from is not None:
-    out.table[row, first] = sample.copied_from
-  out.first[row] = first
-  new = sample.pages[first : first + out.write.shape[1]]
-  out.write[row, : len(new)] = new
+    fields["table"][row, first] = sample.copied_from
+  new = sample.pages[first : first + fields["write"].shape[1]]
+  fields["write"][row, : len(new)] = new
 
 
 def _allowed(shapes: Shapes, count: int, places: Sequence[tuple[int, Sample]]) -> np.ndarray | None:
@@ -155,4 +162,5 @@ def chunk(shapes: Shapes, parts: Sequence[Sequence[Piece]]) -> Chunk:
       table[p, i, : len(piece.sample.pages)] = piece.sample.pages
       at = starts[p, i + 1] = own.stop
     starts[p, len(part) + 1 :] = at
-  return Chunk(tokens, positions, lengths, table, starts)
+  fields: Any = (tokens, positions, lengths, table, starts)
+  return Chunk(*fields)

@@ -5,8 +5,8 @@ T positions of the view, C tokens that a launch may draw, W entries of a row of 
 
 A step that gathered pages in every layer would copy the whole cache for every token. A launch
 gathers the pages of its rows once, decodes on the view and writes the pages back that it filled.
-The view is keys [R, G, K, T] and values [R, G, T, K]: a loop updates each in place, and the products
-of a step need no transposition of it.
+The view is keys [R, G, K, T] and values [R, G, T, K]: a loop updates each in place, and the
+products of a step need no transposition of it.
 """
 
 import flax.struct

@@ -1,7 +1,7 @@
 """What the host may impose on a completion: guides say which tokens may come next.
 
-A guided completion runs free for `free` tokens; then every token is drawn under a mask, one launch a
-token. The log-prob of a token is that of the unmasked distribution, as ever.
+A guided completion runs free for `free` tokens; then every token is drawn under a mask, one launch
+a token. The log-prob of a token is that of the unmasked distribution, as ever.
 
 W = ceil(V / 32) words of a mask.
 """

@@ -1,4 +1,5 @@
-"""What the engine compiles: prefill, which computes pieces of sequences, and the launch, which draws.
+"""What the engine compiles: prefill, which computes pieces of sequences, and the launch, which
+draws.
 
 Letters: D parts of the batch axes, S tokens of a prefill in each part, N sequences of each part, P
 pages of a sequence, R rows of a launch (of all parts, one part after the other), C tokens per row

@@ -1,11 +1,11 @@
 """Which samples run, what is computed next, and in which pages: the host's side of the engine.
 
 First come, first served. A sample is admitted when a slot and pages for what it has to compute are
-free; it gets more as it grows. When there are none left, the youngest one is preempted: its pages go
-back, its tokens and log-probs stay, and it waits at the front of the queue to be computed again.
+free; it gets more as it grows. When there are none left, the youngest one is preempted: its pages
+go back, its tokens and log-probs stay, and it waits at the front of the queue to be computed again.
 
-Samples of a request share the pages of their prompt. The last of these is rarely full; who writes to
-a page that others hold gets a copy of it (copy on write).
+Samples of a request share the pages of their prompt. The last of these is rarely full; who writes
+to a page that others hold gets a copy of it (copy on write).
 
 On a mesh every part of the batch axes has pages of its own, and a sample lives in one part.
 """
