@@ -2,7 +2,7 @@
 
 import jax
 
-from kernels.ragged_paged_attention import reference
+from kernels.ragged_paged_attention import xla
 
 
 def ragged_paged_attention(
@@ -29,7 +29,7 @@ def ragged_paged_attention(
   """
   if chip is not None:
     raise ValueError(f"ragged_paged_attention: expected chip None, found {chip!r}")
-  return reference.attention(
+  return xla.attention(
     q,
     k_new,
     v_new,
