@@ -174,10 +174,9 @@ class Engine:
     """One iteration: admits what fits, computes a chunk of prompts, draws tokens. Returns what is
     new of every sample, in the order in which they run."""
     outputs = [sample.output(self.version) for sample in self._step()]
-    for output in outputs:
-      request = self._requests[output.request]
-      if all(sample.stop is not None for sample in request.samples):
-        self._requests.pop(output.request)
+    for number in {output.request for output in outputs}:
+      if all(sample.stop is not None for sample in self._requests[number].samples):
+        del self._requests[number]
     return outputs
 
   def abort(self, request: int) -> None:
