@@ -1,9 +1,9 @@
 """The rollout engine: prompts to completions, on the blocks of the training model.
 
-Keys and values live in pages. Samples join and leave between launches (continuous batching), prompts
-are computed in chunks, what two of them have in common is computed once, and a sample that finds no
-page is preempted and computed again later. Every sample draws from its own key, folded with the
-position, so what it samples does not depend on its slot, its pages or what sat beside it.
+Keys and values live in pages. Samples join and leave between launches (continuous batching),
+prompts are computed in chunks, what two of them have in common is computed once, and a sample that
+finds no page is preempted and computed again later. Every sample draws from its own key, folded
+with the position, so what it samples does not depend on its slot, its pages or what sat beside it.
 
 The host sees a sample only between launches; a launch decodes up to `LAUNCH` tokens, or until so
 many samples have ended that a smaller launch is cheaper, or that those that wait can begin. Stop
@@ -133,7 +133,8 @@ class Engine:
       n: completions per prompt.
 
     Raises ValueError for no prompts, an empty prompt, one that leaves no room for a token, stop
-    strings without a detokenizer, a constraint without grammars, or while requests are on their way.
+    strings without a detokenizer, a constraint without grammars, or while requests are on their
+    way.
     """
     self._check("generate", prompts, sampling, n)
     if self.unfinished:
