@@ -194,7 +194,7 @@ def forward(
   block_rows = weights.map_table(Param.unstack, rows["blocks"])
 
   def layer(x: jax.Array, w: Params) -> tuple[jax.Array, None]:
-    return block(x, weights.reshard(w, block_rows, USE), c, angles, attend)
+    return block(x, weights.gather(w, block_rows, USE, x.dtype), c, angles, attend)
 
   layer = remat.remember(layer, c.remat, prevent_cse=c.unroll)
   x, _ = jax.lax.scan(layer, x, params["blocks"], unroll=c.layers if c.unroll else 1)
