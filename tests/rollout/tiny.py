@@ -30,11 +30,11 @@ MODEL = ModelConfig(
 LENGTH = 48  # of the engines' window
 
 
-def params(seed: int = 0) -> weights.Params:
+def params(seed: int = 0, config: ModelConfig = MODEL) -> weights.Params:
   """Random weights, matrices twice as wide: predictions are far from uniform, mistakes show."""
-  made = jax.jit(lambda key: decoder.init(key, MODEL, sharding.USE))(jax.random.key(seed))
+  made = jax.jit(lambda key: decoder.init(key, config, sharding.USE))(jax.random.key(seed))
   return weights.map_table(
-    lambda row, w: np.asarray(w) * (1 + row.decay), decoder.table(MODEL), made
+    lambda row, w: np.asarray(w) * (1 + row.decay), decoder.table(config), made
   )
 
 
