@@ -126,14 +126,18 @@ def embed(table_vd: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array
   what it owns, and the rest is zero until the sum."""
 
   def local(rows: jax.Array, ids: jax.Array) -> jax.Array:
+    if reduced:  # each device has a gradient of its own: `weights.gather` sums them
+      rows = jax.lax.pcast(rows, tuple(reduced), to="varying")
     ids = ids - jax.lax.axis_index("tensor") * rows.shape[0]
     mine = (ids >= 0) & (ids < rows.shape[0])
     found = rows.astype(dtype)[jnp.clip(ids, 0, rows.shape[0] - 1)]
     return jax.lax.psum(jnp.where(mine[..., None], found, 0), "tensor")
 
-  specs = (USE.spec("vocab", "embed"), USE.spec("batch", "seq"))
+  reduced = jax.typeof(table_vd).sharding.spec.reduced
+  rows = jax.P(*USE.spec("vocab", "embed"), reduced=reduced)
   out = USE.spec("batch", "seq", "embed")
-  return jax.shard_map(local, in_specs=specs, out_specs=out)(table_vd, tokens)
+  mapped = jax.shard_map(local, in_specs=(rows, USE.spec("batch", "seq")), out_specs=out)
+  return mapped(table_vd, tokens)
 
 
 def attend_packed(c: ModelConfig, segment_ids: jax.Array) -> Attend:
@@ -186,9 +190,8 @@ def forward(
     [B, S, D] in the compute dtype. `models.logprobs` turns them into log-probs.
   """
   rows = table(c)
-  x = embed(
-    weights.reshard(params["embed"], rows["embed"], USE), tokens, jnp.dtype(c.compute_dtype)
-  )
+  dtype = jnp.dtype(c.compute_dtype)
+  x = embed(weights.gather(params["embed"], rows["embed"], USE, dtype), tokens, dtype)
   angles = rope_angles(rope_table(c, tokens.shape[1]), positions)
   attend = attend_packed(c, segment_ids)
   block_rows = weights.map_table(Param.unstack, rows["blocks"])
