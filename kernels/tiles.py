@@ -21,7 +21,16 @@ class Row(NamedTuple):
   found: str  # how
 
 
-ROWS: tuple[Row, ...] = ()
+_FIRST_GUESS = "no search: fits VMEM"
+ROWS: tuple[Row, ...] = (
+  Row(
+    "linear_logprob",
+    ANY,
+    ANY,
+    {"rows": 512, "tokens": 512, "backward_rows": 512, "backward_tokens": 512},
+    _FIRST_GUESS,
+  ),
+)
 
 
 def find(kernel: str, chip: str, shape: str = ANY) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """The exact KL divergence between the next-token distributions of two models, in chunks.
 
 Over the whole vocabulary at every position, without ever holding [B, S, V]; sharded like
-`logprobs.py`, letters as in `vocabulary.py`. The reference is a constant: only the policy's hidden
-states and output matrix get a gradient.
+`logprobs.py`, letters as in `kernels/linear_logprob/chunks.py`. The reference is a constant: only
+the policy's hidden states and output matrix get a gradient.
 
 KL(p || q) is summed as p (q/p - 1 - log(q/p)): no term is negative and none cancel, so that a
 small divergence keeps its digits. Chunks are merged by the chain rule of the KL: the divergence of
@@ -16,6 +16,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from kernels import varying
+from kernels.linear_logprob import chunks
 from pt_jax.models import vocabulary
 from pt_jax.models.vocabulary import TENSOR
 from pt_jax.sharding import USE
@@ -57,7 +59,7 @@ def kl_divergence(
 
   def local(h: jax.Array, w: jax.Array, ref_h: jax.Array, ref_w: jax.Array) -> jax.Array:
     flat, ref_flat = (x.reshape(-1, x.shape[-1]) for x in (h, ref_h))
-    size = vocabulary.divisor(w.shape[0], chunk)
+    size = chunks.divisor(w.shape[0], chunk)
     return _divergence(flat, w, ref_flat, ref_w, temperature, size, direction).reshape(h.shape[:2])
 
   states, matrix = USE.spec("batch", "seq", "embed"), USE.spec("vocab", "embed")
@@ -137,14 +139,14 @@ def _divergence(h, w, ref_h, ref_w, temperature, chunk, direction):
 def _forward(h, w, ref_h, ref_w, temperature, chunk, direction):
   def measure(part):
     (rows, ref_rows), _ = part
-    z = vocabulary.logits(h, rows, temperature)
-    ref_z = vocabulary.logits(ref_h, ref_rows, temperature)
+    z = chunks.products(h, rows) / temperature
+    ref_z = chunks.products(ref_h, ref_rows) / temperature
     lse, ref_lse = jax.nn.logsumexp(z, -1), jax.nn.logsumexp(ref_z, -1)
     kl = _directed(z - lse[:, None], ref_z - ref_lse[:, None], direction).sum(-1)
     return _Partial(lse, ref_lse, kl)
 
   merge = functools.partial(_merge, direction=direction)
-  part = vocabulary.fold(measure, merge, (w, ref_w), chunk)
+  part = chunks.fold(measure, merge, (w, ref_w), chunk)
   lse, ref_lse = _whole_logsumexp(part.lse), _whole_logsumexp(part.ref_lse)
   kl = jax.lax.psum(_mean(part, part.lse - lse, part.ref_lse - ref_lse, direction), TENSOR)
   return kl, (h, w, ref_h, ref_w, lse, ref_lse, kl)
@@ -160,16 +162,19 @@ def _backward(temperature, chunk, direction, saved, g):
   """dz = g p (log p - log q - KL) for KL(p || q), g (p - q) for KL(q || p), chunk by chunk."""
   h, w, ref_h, ref_w, lse, ref_lse, kl = saved
 
-  def by_logits(z, part):
+  g = g[:, None] / temperature
+
+  def by_products(x, part):
     (_, ref_rows), _ = part
-    log_p = z - lse[:, None]
-    log_q = vocabulary.logits(ref_h, ref_rows, temperature) - ref_lse[:, None]
+    log_p = x / temperature - lse[:, None]
+    log_q = chunks.products(ref_h, ref_rows) / temperature - ref_lse[:, None]
     p = jnp.exp(log_p)
     if direction == "reference_policy":
-      return g[:, None] * (p - jnp.exp(log_q))
-    return g[:, None] * p * (log_p - log_q - kl[:, None])
+      return g * (p - jnp.exp(log_q))
+    return g * p * (log_p - log_q - kl[:, None])
 
-  return *vocabulary.gradients(by_logits, h, (w, ref_w), temperature, chunk), None, None
+  dh, dw = chunks.gradients(by_products, h, (w, ref_w), chunk)
+  return varying.like(dh, h), varying.like(dw, w), None, None
 
 
 _divergence.defvjp(_forward, _backward)
