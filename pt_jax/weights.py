@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels import varying
 from pt_jax import sharding
 from pt_jax.sharding import Axes, Rules
 
@@ -158,6 +159,34 @@ def _gather_backward(axis, stored, used, summed, _, g):
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def whole(w: jax.Array, stored: jax.P, dtype: jnp.dtype) -> jax.Array:
+  """The part [V/t, D/z] of a matrix that a device stores -> [V/t, D]; inside `jax.shard_map`.
+
+  What `gather` does elsewhere: gradients are summed and scattered at once.
+
+  Args:
+    w: the part.
+    stored: where the matrix [V, D] lives.
+    dtype: of the result, where that takes a transfer.
+  """
+  names = tuple(_names(stored[1:]))
+  return jax.lax.all_gather(w.astype(dtype), names, axis=1, tiled=True) if names else w
+
+
+def _whole_forward(w, stored, dtype):
+  return whole(w, stored, dtype), w
+
+
+def _whole_backward(stored, dtype, w, g):
+  if names := tuple(_names(stored[1:])):
+    g = jax.lax.psum_scatter(g.T, names, scatter_dimension=0, tiled=True).T
+  return (varying.like(g, w),)
+
+
+whole.defvjp(_whole_forward, _whole_backward)
 
 
 def project(

@@ -122,21 +122,20 @@ def block(
 
 
 def embed(table_vd: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Rows of the embedding table: tokens [B, S] -> [B, S, D]. Every shard of the vocabulary looks up
-  what it owns, and the rest is zero until the sum."""
+  """Rows of the embedding table, from where it is stored: tokens [B, S] -> [B, S, D]. Every shard
+  of the vocabulary looks up what it owns, and the rest is zero until the sum."""
+  table_vd = _split_vocabulary(table_vd)
+  stored = jax.typeof(table_vd).sharding.spec
 
   def local(rows: jax.Array, ids: jax.Array) -> jax.Array:
-    if reduced:  # each device has a gradient of its own: `weights.gather` sums them
-      rows = jax.lax.pcast(rows, tuple(reduced), to="varying")
+    rows = weights.whole(rows, stored, dtype).astype(dtype)
     ids = ids - jax.lax.axis_index("tensor") * rows.shape[0]
     mine = (ids >= 0) & (ids < rows.shape[0])
-    found = rows.astype(dtype)[jnp.clip(ids, 0, rows.shape[0] - 1)]
+    found = rows[jnp.clip(ids, 0, rows.shape[0] - 1)]
     return jax.lax.psum(jnp.where(mine[..., None], found, 0), "tensor")
 
-  reduced = jax.typeof(table_vd).sharding.spec.reduced
-  rows = jax.P(*USE.spec("vocab", "embed"), reduced=reduced)
   out = USE.spec("batch", "seq", "embed")
-  mapped = jax.shard_map(local, in_specs=(rows, USE.spec("batch", "seq")), out_specs=out)
+  mapped = jax.shard_map(local, in_specs=(stored, USE.spec("batch", "seq")), out_specs=out)
   return mapped(table_vd, tokens)
 
 
@@ -190,8 +189,7 @@ def forward(
     [B, S, D] in the compute dtype. `models.logprobs` turns them into log-probs.
   """
   rows = table(c)
-  dtype = jnp.dtype(c.compute_dtype)
-  x = embed(weights.gather(params["embed"], rows["embed"], USE, dtype), tokens, dtype)
+  x = embed(params["embed"], tokens, jnp.dtype(c.compute_dtype))
   angles = rope_angles(rope_table(c, tokens.shape[1]), positions)
   attend = attend_packed(c, segment_ids)
   block_rows = weights.map_table(Param.unstack, rows["blocks"])
@@ -205,9 +203,22 @@ def forward(
 
 
 def unembedding(params: Params, c: ModelConfig) -> jax.Array:
-  """The output matrix [V, D], gathered to where it is used."""
-  name = "embed" if c.tied_embeddings else "unembed"
-  return weights.reshard(params[name], table(c)[name], USE)
+  """The output matrix [V, D], gathered to where it is used: for many uses without a gradient."""
+  return weights.reshard(stored_unembedding(params, c), table(c)[_output(c)], USE)
+
+
+def stored_unembedding(params: Params, c: ModelConfig) -> jax.Array:
+  """The output matrix [V, D] where it is stored along D; `models.logprobs` gathers it."""
+  return _split_vocabulary(params[_output(c)])
+
+
+def _split_vocabulary(w: jax.Array) -> jax.Array:
+  """A matrix [V, D] with V where it is used. Parameters in a layout of `sharding.zero` are so."""
+  return jax.reshard(w, jax.P(USE.spec("vocab")[0], *jax.typeof(w).sharding.spec[1:]))
+
+
+def _output(c: ModelConfig) -> str:
+  return "embed" if c.tied_embeddings else "unembed"
 
 
 def init(key: jax.Array, c: ModelConfig, rules: Rules) -> Params:
