@@ -35,7 +35,8 @@ def update(
 
   Args:
     x: [keys, queries] (axis 0) or [queries, keys] (axis 1) float32, `MASKED` where unseen.
-    top, total: as x, of size 1 along `axis`; (`MASKED`, 0) before the first tile, or (sink, 1).
+    top, total: as x, along `axis` of size 1 or any number of copies; (`MASKED`, 0) before the first
+      tile, or (sink, 1).
     axis: where the keys are.
 
   Returns:
@@ -44,7 +45,7 @@ def update(
   """
   highest = jnp.maximum(top, x.max(axis, keepdims=True))
   fade = jnp.exp2(top - highest)
-  weights = jnp.exp2(x - highest)
+  weights = jnp.exp2(x - jax.lax.slice_in_dim(highest, 0, 1, axis=axis))
   return weights, highest, total * fade + weights.sum(axis, keepdims=True), fade
 
 

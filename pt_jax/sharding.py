@@ -22,6 +22,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from kernels import chip as chips
+
 P = jax.P
 MESH_AXES = ("data", "context", "expert", "tensor")
 MeshAxes = str | tuple[str, ...] | None
@@ -126,6 +128,13 @@ def make_mesh(
     given = jax.devices() if devices is None else devices
     split = mesh_utils.create_device_mesh(shape, given, allow_split_physical_axes=True)
     return Mesh(split, MESH_AXES, axis_types=kinds)
+
+
+def chip() -> str | None:
+  """The TPU of the mesh in context, a name of `kernels.chip.CHIPS` that kernels are compiled for.
+  None for any other device."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return None if device is None else chips.of_kind(device.device_kind)
 
 
 def check_divides(name: str, shape: Sequence[int], axes: Axes, rules: Rules, mesh: Mesh) -> None:

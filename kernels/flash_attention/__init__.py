@@ -1,4 +1,5 @@
-"""Attention over packed segments: `reference.py` is the contract, `xla.py` what CPU and GPU run."""
+"""Attention over packed segments: `reference.py` is the contract, `tpu.py` leads to the Pallas
+kernels, `xla.py` is what CPU and GPU run."""
 
 from kernels.flash_attention.attention import flash_attention
 

@@ -1,11 +1,15 @@
 """The one public function: which implementation runs where."""
 
+import functools
 from typing import Any
 
 import jax
 
-from kernels.flash_attention import xla
+from kernels import chip as chips
+from kernels import tiles as table
+from kernels.flash_attention import tpu, xla
 from kernels.flash_attention.reference import Features, check
+from kernels.flash_attention.tiles import Tiles
 
 
 def flash_attention(
@@ -22,6 +26,8 @@ def flash_attention(
   soft_cap: float | None = None,
   sinks: jax.Array | None = None,
   return_lse: bool = False,
+  tiles: tuple[Tiles, Tiles] | None = None,
+  chip: str | None = None,
 ) -> Any:
   """`reference.attention`: softmax attention within the segments of packed rows.
 
@@ -40,6 +46,8 @@ def flash_attention(
     soft_cap: scores -> c tanh(scores / c).
     sinks: [H], a logit of each head that joins the softmax's denominator only.
     return_lse: also return the log of the denominators.
+    tiles: of the forward and the backward kernel; None: those of the checked-in table.
+    chip: the TPU to compile for, a name of `kernels.chip.CHIPS`; None: not a TPU, in XLA.
 
   Returns:
     [B, S, H, V] in the dtype of v; with `return_lse` also [B, S, H] float32.
@@ -48,6 +56,28 @@ def flash_attention(
   """
   check(q, k, v, q_segments, k_segments, sinks)
   features = Features(scale, causal, window, soft_cap)
+  q, k, v, q_segments, k_segments, sinks = _alike(q, k, v, q_segments, k_segments, sinks)
   places = {"q_segments": q_segments, "k_segments": k_segments, "q_offset": q_offset}
-  out, lse = xla.attention(q, k, v, **places, features=features, sinks=sinks)
+  options = {"features": features, "sinks": sinks}
+  if chip is None:
+    out, lse = xla.attention(q, k, v, **places, **options)
+  else:
+    out, lse = tpu.attention(q, k, v, **places, **options, tiles=tiles or default_tiles(chip))
   return (out, lse) if return_lse else out
+
+
+def default_tiles(chip: str) -> tuple[Tiles, Tiles]:
+  """Tiles of the forward and the backward kernel. Raises ValueError for an unknown chip."""
+  find = functools.partial(table.find, "flash_attention", chips.get(chip).name)
+  return Tiles(**find("forward")), Tiles(**find("backward"))
+
+
+def _alike(*arrays: jax.Array | None) -> list[Any]:
+  """Inside of `jax.shard_map`, all arrays varying over the mesh axes that one of them varies over:
+  the transpose of this adds up the gradients of those that devices share."""
+  varying = [frozenset() if x is None else jax.typeof(x).mat.varying for x in arrays]
+  every = frozenset().union(*varying)
+  return [
+    x if every == own or x is None else jax.lax.pcast(x, tuple(every - own), to="varying")
+    for x, own in zip(arrays, varying)
+  ]

@@ -159,7 +159,8 @@ def attention(
     if features.window is not None:
       seen &= index > position - features.window
     own = jnp.where(seen[None, :, None], own, jnp.zeros((), own.dtype))  # NaN may stand there
-    k, v = own[..., :width], own[..., pages.value_offset(width, value_width) :]
+    offset = pages.value_offset(width, value_width)
+    k, v = own[..., :width], own[..., offset : offset + value_width]
     q = q.reshape(groups, -1, width)
     x = jnp.einsum("grk,gtk->grt", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
     x = x * (features.scale * k_scale)[:, None, None]

@@ -19,7 +19,7 @@ from pt_jax import weights
 from pt_jax.models import remat
 from pt_jax.models.config import Llama3Rope, ModelConfig
 from pt_jax.models.layers import rms_norm, rotate, swiglu
-from pt_jax.sharding import USE, Rules
+from pt_jax.sharding import USE, Rules, chip
 from pt_jax.weights import Param, Params, Table, project
 
 # (q [B,S,H,K], k [B,S,G,K], v [B,S,G,K]) -> (out [B,S,H,K], what the caller keeps of this layer)
@@ -150,20 +150,16 @@ def attend_packed(c: ModelConfig, segment_ids: jax.Array) -> Attend:
     row, whole_row = USE.spec("batch", "seq"), USE.spec("batch", None)
 
     def local(q, k, v, q_segments, k_segments):
-      # Each part of the queries has gradients of its own for the whole keys: the transpose of this
-      # cast adds them up.
-      offset = 0
-      if jax.lax.axis_size("context") > 1:
-        k, v = (jax.lax.pcast(x, "context", to="varying") for x in (k, v))
-        offset = jax.lax.axis_index("context") * q.shape[1]
+      split = jax.lax.axis_size("context") > 1
       return flash_attention(
         q,
         k,
         v,
         q_segments=q_segments,
         k_segments=k_segments,
-        q_offset=offset,
+        q_offset=jax.lax.axis_index("context") * q.shape[1] if split else 0,
         scale=c.head_dim**-0.5,
+        chip=chip(),
       )
 
     k, v = jax.reshard(k, keys), jax.reshard(v, keys)

@@ -68,7 +68,8 @@ def numpy_attention(q, k_new, v_new, kv_pages, **o):
   """(out, pages, lse) in float64, one token and one head at a time. Pages hold floats as stored."""
   q, k_new, v_new = (np.asarray(x, np.float64) for x in (q, k_new, v_new))
   kept, dtype = np.asarray(kv_pages, np.float64), kv_pages.dtype
-  groups, width, offset = k_new.shape[1], q.shape[2], kv_pages.shape[3] - v_new.shape[2]
+  groups, width, value_width = k_new.shape[1], q.shape[2], v_new.shape[2]
+  offset = pages.value_offset(width, value_width)
   factor = np.ones((2, groups)) if o["kv_scales"] is None else o["kv_scales"]
   rows = np.asarray(pages.new_rows(jnp.asarray(k_new), jnp.asarray(v_new), factor, dtype))
   out, lse = np.zeros(q.shape[:2] + v_new.shape[2:]), np.full(q.shape[:2], -1e30)
@@ -91,5 +92,5 @@ def numpy_attention(q, k_new, v_new, kv_pages, **o):
         top = max(x.max(), sink)
         lse[row, head] = top + math.log(np.exp(x - top).sum() + math.exp(sink - top))
         weights = np.exp(x - lse[row, head])
-        out[row, head] = weights @ seen[:, g, offset:] * factor[1, g]
+        out[row, head] = weights @ seen[:, g, offset : offset + value_width] * factor[1, g]
   return out, kept, lse

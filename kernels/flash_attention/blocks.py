@@ -1,0 +1,104 @@
+"""Which blocks of a packed attention matrix hold anything, as lists that a TPU grid walks along.
+
+Letters: B batch, I query blocks, J key blocks, N = B * I * J.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels.flash_attention.reference import Features
+
+FIRST, LAST, FULL, PARTIAL, DIAGONAL = 1, 2, 4, 8, 16  # bits of a flag
+MOST_BLOCKS = 1 << 16  # two int32 of each lie in 1 MiB of scalar memory
+
+
+class LiveBlocks(NamedTuple):
+  """Live blocks, those of one row of blocks in a sequence.
+
+  A row is a block of queries of one batch entry (forward) or a block of keys (backward). FIRST and
+  LAST mark its ends, FULL a block where every query sees every key, DIAGONAL one that a causal mask
+  cuts from corner to corner, PARTIAL any other. A row without live blocks has one entry that is
+  none of them, so that its zeros are written.
+  """
+
+  row: jax.Array  # [N] int32, batch * (blocks in a row's direction) + block
+  other: jax.Array  # [N] int32, block of keys (forward) or of queries (backward)
+  flags: jax.Array  # [N] int32
+  count: jax.Array  # [] int32, entries in use
+
+
+def live_blocks(
+  q_segments: jax.Array,
+  k_segments: jax.Array,
+  q_offset: jax.Array,
+  features: Features,
+  q_block: int,
+  k_block: int,
+  *,
+  by_keys: bool,
+) -> LiveBlocks:
+  """The live blocks of rows of segments.
+
+  Args:
+    q_segments, k_segments: [B, S] and [B, T] int32, whole blocks; below 0 sees and is seen by none.
+    q_offset: [] int32.
+    features: causal and window are read.
+    q_block, k_block: sizes of a block.
+    by_keys: rows are blocks of keys (the backward pass).
+
+  A block is live if the ranges of segment ids of its queries and keys overlap and the mask leaves
+  something of it. Raises ValueError when there are more than `MOST_BLOCKS` blocks at all.
+  """
+  q_low, q_high, q_whole = _ranges(q_segments, q_block)
+  k_low, k_high, k_whole = _ranges(k_segments, k_block)
+  batch, queries, keys = *q_low.shape, k_low.shape[1]
+  if batch * queries * keys > MOST_BLOCKS:
+    raise ValueError(
+      f"flash_attention: expected at most {MOST_BLOCKS} blocks, found {batch} x {queries} x {keys}"
+    )
+  q, k = lambda x: x[:, :, None], lambda x: x[:, None, :]
+  live = (q(q_low) <= k(k_high)) & (k(k_low) <= q(q_high))
+  same = (q(q_low) == k(k_low)) & q(q_whole) & k(k_whole)
+  start = q_offset + q_block * jnp.arange(queries)[:, None] - k_block * jnp.arange(keys)
+  full = same
+  if features.causal:
+    live &= start + q_block - 1 >= 0
+    full &= start - k_block + 1 >= 0
+  if features.window is not None:
+    live &= start - k_block + 1 < features.window
+    full &= start + q_block - 1 < features.window
+  kind = jnp.where(live, jnp.where(full, FULL, PARTIAL), 0)
+  if features.causal and q_block == k_block:
+    kind = jnp.where(live & (start == 0), DIAGONAL, kind)
+  return _in_order(kind.swapaxes(1, 2) if by_keys else kind)
+
+
+def _ranges(segments: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Lowest and highest id (below 0 left out) of every block [B, I], and if it has one id only."""
+  blocks = segments.reshape(segments.shape[0], -1, block)
+  most = jnp.iinfo(jnp.int32).max
+  low = jnp.where(blocks < 0, most, blocks).min(-1)
+  high = blocks.max(-1)
+  return low, high, (blocks.min(-1) == high) & (high >= 0)
+
+
+def _in_order(kind: jax.Array) -> LiveBlocks:
+  """Kinds [B, rows, others] -> the list of those that are kept."""
+  others = kind.shape[-1]
+  column = jnp.arange(others)
+  kept = (kind > 0) | ((column == 0) & ~(kind > 0).any(-1, keepdims=True))
+  first = kept & (jnp.cumsum(kept, -1) == 1)
+  last = kept & (jnp.cumsum(kept[..., ::-1], -1)[..., ::-1] == 1)
+  flags = (kind | jnp.where(first, FIRST, 0) | jnp.where(last, LAST, 0)).reshape(-1)
+  # Kept places before the others. A sort: `jnp.nonzero` scatters, which libtpu 0.0.52 gives to the
+  # sparse cores of v5p, v6e and tpu7x in a form that jaxlib cannot read back.
+  every = jnp.arange(kept.size, dtype=jnp.int32)
+  place = jnp.sort(jnp.where(kept.reshape(-1), every, kept.size)) % kept.size
+  return LiveBlocks(
+    row=place // others,
+    other=place % others,
+    flags=flags[place].astype(jnp.int32),
+    count=kept.sum(dtype=jnp.int32),
+  )

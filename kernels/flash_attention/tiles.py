@@ -1,0 +1,123 @@
+"""The blocks that the TPU kernels work in, and what both kernels do within one.
+
+A block is what a turn of the grid fetches; it is gone through in tiles, of which one's scores are
+computed while the softmax of another is taken. Tiles are [keys, queries].
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.flash_attention.reference import Features
+
+LANES = 128
+VMEM_LIMIT = 48 << 20  # the smallest chips have 64 MiB
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """Sizes in rows. Raises ValueError when a tile does not divide its block or is no whole lanes."""
+
+  q_block: int
+  k_block: int
+  q_tile: int
+  k_tile: int
+
+  def __post_init__(self):
+    for block, tile in ((self.q_block, self.q_tile), (self.k_block, self.k_tile)):
+      if tile < 1 or block % tile or tile % LANES:
+        raise ValueError(
+          f"flash_attention tiles: expected blocks of whole tiles, tiles of whole {LANES} rows, "
+          f"found {self}"
+        )
+
+  def within(self, queries: int, keys: int) -> "Tiles":
+    """The same, no larger than that many rows need."""
+    q_block, q_tile = _fit(self.q_block, self.q_tile, queries)
+    k_block, k_tile = _fit(self.k_block, self.k_tile, keys)
+    return Tiles(q_block, k_block, q_tile, k_tile)
+
+
+def _fit(block: int, tile: int, rows: int) -> tuple[int, int]:
+  rows = -(-rows // LANES) * LANES
+  tile = min(tile, rows)
+  return min(block, -(-rows // tile) * tile), tile
+
+
+def has_diagonal(features: Features, tiles: Tiles) -> bool:
+  """Whether a block may be cut from corner to corner."""
+  return features.causal and tiles.q_block == tiles.k_block
+
+
+class Tile(NamedTuple):
+  """A part of a block."""
+
+  queries: Any  # pl.Slice
+  keys: Any
+
+
+def steps(features: Features, tiles: Tiles, start: int | jax.Array | None) -> list[Tile]:
+  """The tiles of a block, without those that a mask leaves nothing of.
+
+  Args:
+    start: rows that the first query stands behind the first key, if it is known when compiled.
+  """
+  found = []
+  for a in range(0, tiles.q_block, tiles.q_tile):
+    for c in range(0, tiles.k_block, tiles.k_tile):
+      if isinstance(start, int):
+        nearest, farthest = start + a - c - tiles.k_tile + 1, start + a - c + tiles.q_tile - 1
+        if farthest < 0 or (features.window is not None and nearest >= features.window):
+          continue
+      found.append(Tile(pl.ds(a, tiles.q_tile), pl.ds(c, tiles.k_tile)))
+  return found
+
+
+def seen(
+  q_ids: jax.Array, k_ids: jax.Array, features: Features, start: int | jax.Array
+) -> jax.Array:
+  """[keys, queries] of a tile, which of them see each other.
+
+  Args:
+    q_ids, k_ids: [1, queries] and [1, keys] int32.
+    features: causal and window are read.
+    start: rows that the first query of the tile stands behind its first key.
+  """
+  shape = (k_ids.shape[1], q_ids.shape[1])
+  k_ids = jnp.where(k_ids < 0, -2, k_ids)
+  columns = jnp.broadcast_to(k_ids, (8, shape[0])).T[:, :1]
+  found = columns == jnp.where(q_ids < 0, -1, q_ids)
+  if features.causal:
+    iota = lambda axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    ago = iota(1) - iota(0)
+    found &= ago >= -start
+    if features.window is not None:
+      found &= ago < features.window - start
+  return found
+
+
+def dot(a: jax.Array, b: jax.Array, contract: Sequence[int]) -> jax.Array:
+  """Product of two matrices over the named axis of each, in float32."""
+  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  return jax.lax.dot_general(
+    a,
+    b,
+    (((contract[0],), (contract[1],)), ((), ())),
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def compiler_params(*dimensions: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParams:
+  """Of both kernels. The scheduler by linear programming spills half as many registers: 4,914
+  instead of 5,524 cycles of a block of 1024 on v5e, 2,854 instead of 3,124 on v6e (static)."""
+  return pltpu.CompilerParams(
+    dimension_semantics=dimensions,
+    vmem_limit_bytes=VMEM_LIMIT,
+    flags={"XLA_TPU_FORCE_LP_LLO_SCHEDULER": True},
+  )

@@ -1,0 +1,138 @@
+"""The forward kernel for TPU.
+
+Tiles of scores are [keys, queries]: maxima and sums over keys are element-wise over registers, what
+belongs to a query is a row of lanes, and the product with the values has whole queries as its
+columns, so that a head of 128 fills a matrix unit of 256 (which [queries, keys] tiles leave half
+empty). The grid walks along heads and live blocks.
+
+Letters: B batch, H query heads, G key heads, S queries, T keys, K head width, V value width.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.lax import div, rem  # `//` asks which TPU this process has
+
+from kernels import attention_tile
+from kernels.flash_attention import tiles as tiling
+from kernels.flash_attention.blocks import DIAGONAL, FIRST, FULL, LAST, PARTIAL, live_blocks
+from kernels.flash_attention.reference import MASKED, Features
+from kernels.flash_attention.tiles import Tiles
+
+
+def forward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  q_segments: jax.Array,
+  k_segments: jax.Array,
+  q_offset: jax.Array,
+  sinks: jax.Array | None,
+  features: Features,
+  tiles: Tiles,
+) -> tuple[jax.Array, jax.Array]:
+  """Attention of whole blocks.
+
+  Args:
+    q: [B, H, K, S], multiplied by `attention_tile.query_factor`.
+    k: [B, G, T, K].
+    v: [B, G, V, T].
+    q_segments, k_segments: [B, S] and [B, T] int32.
+    q_offset: [] int32.
+    sinks: [H] float32, in base 2.
+    features, tiles: S and T are whole blocks of the tiles.
+
+  Returns:
+    (out [B, H, V, S], lse [B, H, 1, S] float32).
+  """
+  (batch, heads, width, queries), groups = q.shape, k.shape[1]
+  value_width, share = v.shape[2], heads // groups
+  live = live_blocks(
+    q_segments, k_segments, q_offset, features, tiles.q_block, tiles.k_block, by_keys=False
+  )
+  rows = queries // tiles.q_block
+  q_map = lambda h, i, row, other, *_: (div(row[i], rows), h, 0, rem(row[i], rows))
+  per_query = lambda size: pl.BlockSpec((None, None, size, tiles.q_block), q_map)
+  k_map = lambda h, i, row, other, *_: (div(row[i], rows), div(h, share), other[i], 0)
+  v_map = lambda h, i, row, other, *_: (div(row[i], rows), div(h, share), 0, other[i])
+  in_specs = [
+    pl.BlockSpec(
+      (None, 1, tiles.q_block), lambda h, i, row, *_: (div(row[i], rows), 0, rem(row[i], rows))
+    ),
+    pl.BlockSpec(
+      (None, 1, tiles.k_block), lambda h, i, row, other, *_: (div(row[i], rows), 0, other[i])
+    ),
+    per_query(width),
+    pl.BlockSpec((None, None, tiles.k_block, width), k_map),
+    pl.BlockSpec((None, None, value_width, tiles.k_block), v_map),
+  ]
+  inputs = [q_segments[:, None], k_segments[:, None], q, k, v]
+  if sinks is not None:
+    in_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
+    inputs.append(sinks)
+  where = {"manual_axis_type": jax.typeof(q).manual_axis_type}  # in a shard_map
+  return pl.pallas_call(
+    functools.partial(_kernel, features=features, tiles=tiles, rows=rows, sinks=sinks is not None),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=4,
+      grid=(heads, live.count),
+      in_specs=in_specs,
+      out_specs=[per_query(value_width), per_query(1)],
+      scratch_shapes=[
+        pltpu.VMEM((1, tiles.q_block), jnp.float32),
+        pltpu.VMEM((1, tiles.q_block), jnp.float32),
+        pltpu.VMEM((value_width, tiles.q_block), jnp.float32),
+      ],
+    ),
+    out_shape=[
+      jax.ShapeDtypeStruct((batch, heads, value_width, queries), v.dtype, **where),
+      jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32, **where),
+    ],
+    compiler_params=tiling.compiler_params("parallel", "arbitrary"),
+    name="flash_attention_forward",
+  )(live.row, live.other, live.flags, q_offset.reshape(1), *inputs)
+
+
+def _kernel(row, other, flags, offset, q_ids, k_ids, q, k, v, *refs, features, tiles, rows, sinks):
+  sink, (out, lse, top, total, acc) = (refs[0], refs[1:]) if sinks else (None, refs)
+  i = pl.program_id(1)
+  flag = flags[i]
+
+  @pl.when(flag & FIRST != 0)
+  def _():
+    start = MASKED if sink is None else sink[pl.program_id(0)]
+    top[...] = jnp.full(top.shape, start, jnp.float32)
+    total[...] = jnp.full(total.shape, 0.0 if sink is None else 1.0, jnp.float32)
+    acc[...] = jnp.zeros(acc.shape, jnp.float32)
+
+  first = offset[0] + (rem(row[i], rows)) * tiles.q_block - other[i] * tiles.k_block
+  walk = functools.partial(_walk, q_ids, k_ids, q, k, v, top, total, acc, features, tiles)
+  for kind, start in ((FULL, None), (PARTIAL, first), (DIAGONAL, 0)):
+    if kind != DIAGONAL or tiling.has_diagonal(features, tiles):
+      pl.when(flag & kind != 0)(functools.partial(walk, start))
+
+  @pl.when(flag & LAST != 0)
+  def _():
+    values, log_sum = attention_tile.finish(acc[...], top[...], total[...])
+    out[...] = values.astype(out.dtype)
+    lse[...] = log_sum
+
+
+def _walk(q_ids, k_ids, q, k, v, top, total, acc, features: Features, tiles: Tiles, start):
+  """All tiles of a block that may hold something, masked unless `start` is None. A tile's scores
+  are computed one turn ahead: the matrix units have work while its softmax is taken."""
+  dot = functools.partial(tiling.dot, contract=(1, 0))
+  steps = tiling.steps(features, tiles, start)
+  ahead = dot(k[steps[0].keys, :], q[:, steps[0].queries])
+  for n, (a, c) in enumerate(steps):
+    x = attention_tile.logits(ahead, features.soft_cap)
+    if start is not None:
+      here = start + a.start - c.start
+      x = jnp.where(tiling.seen(q_ids[:, a], k_ids[:, c], features, here), x, MASKED)
+    if n + 1 < len(steps):
+      ahead = dot(k[steps[n + 1].keys, :], q[:, steps[n + 1].queries])
+    weights, top[:, a], total[:, a], fade = attention_tile.update(x, top[:, a], total[:, a], axis=0)
+    acc[:, a] = acc[:, a] * fade + dot(v[:, c], weights.astype(v.dtype))
