@@ -48,7 +48,7 @@ ROWS: tuple[Row, ...] = (
   _linear_logprob(1024, (512, 1024, 512, 512), _STATIC),
   _linear_logprob(2048, (512, 512, 512, 512), "no search: those of width<=4096"),
   _linear_logprob(4096, (512, 512, 512, 512), _STATIC),
-  Row("grouped_matmul", ANY, ANY, {"rows": 512, "columns": 512, "depth": 512}, _FIRST_GUESS),
+  Row("grouped_matmul", ANY, ANY, {"rows": 256, "columns": 512, "depth": 512}, _FIRST_GUESS),
   _linear_logprob(8192, (512, 256, 256, 512), "no search: fits the VMEM of v5p and tpu7x"),
 )
 

@@ -63,7 +63,7 @@ def product(
   count, depth = lhs.shape
   width = rhs.shape[1 if transpose_rhs else 2]
   rows = min(tiles["rows"], _round_up(count, ROWS_MULTIPLE))
-  columns = min(tiles["columns"], _round_up(width, LANES))
+  columns = _columns(width, tiles["columns"])
   lhs = _pad_rows(lhs, rows)
   # What is behind the last group is a group of its own, whose rows are 0.
   rest = lhs.shape[0] - group_sizes.sum(keepdims=True)
@@ -95,8 +95,8 @@ def product_by_group(
 ) -> jax.Array:
   """lhs [M, K], rhs [M, N] -> [G, K, N]: lhs^T rhs of a group's rows, 0 for an empty group."""
   rows = min(tiles["rows"], _round_up(lhs.shape[0], ROWS_MULTIPLE))
-  depth = min(tiles["depth"], _round_up(lhs.shape[1], LANES))
-  columns = min(tiles["columns"], _round_up(rhs.shape[1], LANES))
+  depth = _columns(lhs.shape[1], tiles["depth"])
+  columns = _columns(rhs.shape[1], tiles["columns"])
   lhs, rhs = _pad_rows(lhs, rows), _pad_rows(rhs, rows)
   prefetched = visits(group_sizes, lhs.shape[0], rows, True)
   shape = (group_sizes.shape[0], lhs.shape[1], rhs.shape[1])
@@ -121,6 +121,14 @@ def product_by_group(
 
 def _round_up(size: int, multiple: int) -> int:
   return -(-size // multiple) * multiple
+
+
+def _columns(size: int, most: int) -> int:
+  """Columns of a tile: the most that divide them all into equal tiles of whole lanes, where that is
+  possible; the last tile is not full otherwise."""
+  whole = _round_up(size, LANES)
+  tiles = -(-whole // max(most, LANES))
+  return _round_up(-(-whole // tiles), LANES)
 
 
 def _pad_rows(x: jax.Array, multiple: int) -> jax.Array:
