@@ -8,6 +8,7 @@ server with them.
 import asyncio
 import collections
 import dataclasses
+import gc
 import logging
 import queue
 import secrets
@@ -223,6 +224,7 @@ class Worker:
       with jax.set_mesh(self._mesh):
         engine, scorer = self._make()
         running = _Running(engine, scorer)
+        gc.freeze()  # Python collects cycles when a quarter is new: of requests, not of JAX
         self._ready.set()
         while running.take(self._inbox):
           events = running.step()
