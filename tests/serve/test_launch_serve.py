@@ -84,7 +84,7 @@ def test_a_crowd_and_then_sigterm(folder, answers):
     client.process.send_signal(signal.SIGTERM)
     response = connection.getresponse()
     assert response.status == 200
-    assert json.loads(response.read())["choices"][0]["finish_reason"] == "stop"
+    assert json.loads(response.read())["choices"][0]["finish_reason"] in ("stop", "length")
     assert client.process.wait(20) == 0
     assert "Traceback" not in client.log.read_text()
 
