@@ -29,7 +29,7 @@ import numpy as np
 
 from pt_jax.data.tokenizers import Tokenizer
 
-LONGEST = 8_192  # characters of an expression or schema
+LONGEST = 16_384  # characters of an expression or schema
 COMPILED = 64  # forms that are kept
 # Where the next bytes are certain the library would allow their most usual token only.
 EXACT = '%llguidance {"no_forcing": true}'

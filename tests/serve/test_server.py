@@ -312,7 +312,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
     (CHAT, {"messages": MESSAGES, "response_format": {
       "type": "json_schema", "json_schema": {"schema": [1]}}}, 400, "response_format",
      "json_schema with json_schema.schema"),
-    (COMPLETIONS, {"prompt": "x", "regex": "(ab|c)" * 2000}, 400, "regex", "expected 1 to"),
+    (COMPLETIONS, {"prompt": "x", "regex": "(ab|c)" * 3000}, 400, "regex", "expected 1 to"),
     (CHAT, {"messages": MESSAGES, "response_format": {
       "type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}}, 400,
      "response_format", "Invalid type: nope"),
