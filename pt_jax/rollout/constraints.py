@@ -9,9 +9,10 @@ Stop tokens are allowed where the text is complete, and nothing else where it ca
 completion that ends by a stop token has the form. One that ends by `max_tokens` is the beginning of
 one.
 
-The matching is llguidance's (derivatives of regular expressions, an Earley parser above them): a mask
-is computed when it is needed, not looked up in a table of all states times V. Left out: look-around
-and backreferences in expressions, and keywords of JSON schema that it lacks; both are errors.
+The matching is llguidance's (derivatives of regular expressions, an Earley parser above them): a
+mask is computed when it is needed, not looked up in a table of all states times V. Left out:
+look-around and backreferences in expressions, and keywords of JSON schema that it lacks; both are
+errors.
 
 V vocabulary, N sequences, W = ceil(V / 32) words.
 """
