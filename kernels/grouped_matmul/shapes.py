@@ -42,13 +42,12 @@ def program(
 
 
 CASES = (
-  Case("qwen3_30b", program(8192, 2048, 768, 16), flops=2.0 * 8192 * 2048 * 768, budget=True),
+  Case("qwen3_30b", program(8192, 2048, 768, 16), flops=2.0 * 8192 * 2048 * 768),
   Case(
     "qwen3_30b_backward",
     program(8192, 2048, 768, 16, backward=True),
     flops=4.0 * 8192 * 2048 * 768,  # the product itself is not needed by its gradients
     slow=True,
-    budget=True,
   ),
   Case("qwen3_30b_transposed", program(8192, 768, 2048, 16, transpose_rhs=True), slow=True),
   Case("float32", program(200, 256, 300, 5, backward=True, dtype=jnp.float32, tiles=SMALL)),
