@@ -23,16 +23,13 @@ class Row(NamedTuple):
 
 _SQUARES = {"q_block": 1024, "k_block": 1024, "q_tile": 512, "k_tile": 512}
 _FIRST_GUESS = "no search: fits VMEM"
+_RAGGED = "static, of 5 on v5e and v6e: docs/results.md"
 ROWS: tuple[Row, ...] = (
   Row("flash_attention", ANY, "forward", _SQUARES, "static, of 12 at a head of 128"),
   Row("flash_attention", ANY, "backward", _SQUARES, _FIRST_GUESS),
-  Row(
-    "ragged_paged_attention",
-    ANY,
-    ANY,
-    {"rows": 512, "keys": 512, "heads": 8},
-    "static, prefill_4096 and decode_64x4096: docs/results.md",
-  ),
+  Row("ragged_paged_attention", ANY, ANY, {"rows": 512, "keys": 512, "heads": 8}, _RAGGED),
+  Row("ragged_paged_attention", "v6e", ANY, {"rows": 512, "keys": 1024, "heads": 8}, _RAGGED),
+  Row("ragged_paged_attention", "tpu7x", ANY, {"rows": 512, "keys": 1024, "heads": 8}, _RAGGED),
   Row(
     "linear_logprob",
     ANY,
