@@ -3,7 +3,7 @@
   python -m kernels.schedule                                   every case of every kernel, 4 chips
   python -m kernels.schedule linear_logprob:forward --chips v5e,v6e
   python -m kernels.schedule peers                             the kernels of jax, and tokamax's
-  python -m kernels.schedule --write-budget                    writes kernels/budget.json
+  python -m kernels.schedule --write-budget --chips v5e,v6e    writes kernels/budget.json
 
 Needs libtpu and no TPU. A row is a case on a chip; "a + b" are the kernels of a case. cycles: of a
 turn of the main loop that does the work; MXU, VALU: share of those cycles in which the unit is
@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   options = parser.parse_args(argv)
   try:
     names = [chips.get(name).name for name in options.chips.split(",")]
-    jobs = budget.jobs(names) if options.write_budget else select(options.kernels, names)
+    jobs = select(options.kernels, names)
+    if options.write_budget:
+      jobs = [job for job in jobs if job.module != PEERS and compiler.case_of(job).budget]
     if reason := compiler.why_not():
       raise ValueError(reason)
   except ValueError as error:
@@ -83,7 +85,7 @@ def row(job: compiler.Job, result: dict[str, Any]) -> list[str]:
   name = job.case if job.module == PEERS else f"{job.kernel}:{job.case}"
   if "error" in result:
     return [name, job.chip, "FAILED: " + result["error"][:300]]
-  chip, case = chips.get(job.chip), compiler.cases(job.module)[job.case]
+  chip, case = chips.get(job.chip), compiler.case_of(job)
   kernels = [figures.Figures(**kernel) for kernel in result["kernels"]]
   plus = lambda texts: " + ".join(texts) or "-"
   core, xla = figures.seconds(kernels, chip), result["xla_cycles"] / chip.clock

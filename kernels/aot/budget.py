@@ -47,9 +47,11 @@ def entry(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def write(measured: Mapping[str, dict], path: Path = PATH) -> None:
-  """Replaces the file."""
-  text = json.dumps({"versions": versions(), "cases": dict(sorted(measured.items()))}, indent=1)
-  path.write_text(text + "\n")
+  """Adds to the file, or begins it anew where other versions wrote it."""
+  before = read(path) if path.exists() else {}
+  kept = before["cases"] if before.get("versions") == versions() else {}
+  cases = dict(sorted((kept | dict(measured)).items()))
+  path.write_text(json.dumps({"versions": versions(), "cases": cases}, indent=1) + "\n")
 
 
 def read(path: Path = PATH) -> dict[str, Any]:

@@ -62,6 +62,11 @@ def cases(module: str) -> dict[str, Case]:
   return found
 
 
+def case_of(job: Job) -> Case:
+  """What a job compiles."""
+  return cases(job.module)[job.case]
+
+
 def compile_all(jobs: Sequence[Job], *, schedule: bool, timeout: float = 3600) -> list[dict]:
   """Compiles jobs one after the other.
 

@@ -55,7 +55,7 @@ def compiled(job: compiler.Job, dumps: Path | None) -> dict[str, Any]:
   chip = chips.get(job.chip)
   topology = topologies.get_topology_desc(topology_name=chip.topology, platform="tpu")
   device = topology.devices[0]
-  case = compiler.cases(job.module)[job.case]
+  case = compiler.case_of(job)
   begin = time.perf_counter()
   with compiler.target(device):
     function, arguments = case.program(job.chip)

@@ -76,7 +76,14 @@ def _pair(name: str, **shape: Any) -> tuple[Case, Case]:
 
 CASES: tuple[Case, ...] = (
   Case("causal_4096", program(), flops=FORWARD, turns=TURNS, budget=True),
-  Case("causal_4096_backward", program(True), flops=3.5 * FORWARD, turns=TURNS, budget=True),
+  Case(
+    "causal_4096_backward",
+    program(True),
+    flops=3.5 * FORWARD,
+    turns=TURNS,
+    budget=True,
+    slow=True,
+  ),
   # The families of the zoo, in packed rows.
   *_pair("qwen3_8b", heads=32, groups=8),
   *_pair("llama3_1b", heads=32, groups=8, width=64),

@@ -92,7 +92,7 @@ def _case(shape: Shape, budget: bool = False, **more) -> Case:
 
 
 CASES = (
-  _case(PREFILL_4096, budget=True),
+  _case(PREFILL_4096, budget=True, slow=True),
   _case(DECODE_64X4096, budget=True),
   *(_case(shape) for shape in FAMILIES),
 )
