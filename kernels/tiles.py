@@ -21,8 +21,11 @@ class Row(NamedTuple):
   found: str  # how
 
 
-_SQUARES = {"q_block": 1024, "k_block": 1024, "q_tile": 512, "k_tile": 512}
-_SQUARES = {"q_block": 1024, "k_block": 1024, "q_tile": 512, "k_tile": 512}
+_BLOCKS = {"q_block": 1024, "k_block": 1024}
+_ATTENTION = (
+  "static 2026-11-25, v5e and v6e, heads of 128 in bfloat16: fewest cycles of a whole block, of "
+  "4 tiles in 256, 512 and 1024"
+)
 _FIRST_GUESS = "no search: fits VMEM"
 
 
@@ -36,18 +39,21 @@ _STATIC = (
   "5 pairs of tiles in 256, 512 and 1024"
 )
 ROWS: tuple[Row, ...] = (
-  Row("flash_attention", ANY, "forward", _SQUARES, "static, of 12 at a head of 128"),
-  Row("flash_attention", ANY, "backward", _SQUARES, _FIRST_GUESS),
+  Row("flash_attention", ANY, "forward", _BLOCKS | {"q_tile": 512, "k_tile": 1024}, _ATTENTION),
+  Row("flash_attention", "v5e", "forward", _BLOCKS | {"q_tile": 256, "k_tile": 512}, _ATTENTION),
+  Row("flash_attention", "v5p", "forward", _BLOCKS | {"q_tile": 256, "k_tile": 512}, "as v5e"),
+  Row("flash_attention", ANY, "backward", _BLOCKS | {"q_tile": 256, "k_tile": 512}, _ATTENTION),
   Row(
     "ragged_paged_attention",
     ANY,
     ANY,
     {"rows": 512, "keys": 512, "heads": 8},
-    "static, prefill_4096 and decode_64x4096: docs/results.md",
+    "static 2026-11-25, v5e and v6e, of 5 pairs in 256, 512 and 1024: docs/results.md",
   ),
   _linear_logprob(1024, (512, 1024, 512, 512), _STATIC),
   _linear_logprob(2048, (512, 512, 512, 512), "no search: those of width<=4096"),
   _linear_logprob(4096, (512, 512, 512, 512), _STATIC),
+  Row("grouped_matmul", ANY, ANY, {"rows": 256, "columns": 512, "depth": 512}, _FIRST_GUESS),
   _linear_logprob(8192, (512, 256, 256, 512), "no search: fits the VMEM of v5p and tpu7x"),
 )
 

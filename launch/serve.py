@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import jax
 import tyro
@@ -57,6 +57,8 @@ class Serve:
   """Tokens of a prompt and its answer; by default the model's."""
   slots: int = 32
   """Completions decoded at once."""
+  launch: int = 8
+  """Tokens of a completion that are drawn before the server looks for new requests and sends."""
   scores: bool = True
   """Log-probs of prompts (echo with logprobs). They need the weights a second time in memory."""
   mesh: MeshShape = dataclasses.field(default_factory=lambda: MeshShape(data=1))
@@ -148,7 +150,7 @@ def prepare(options: Serve) -> Server:
   with jax.set_mesh(mesh):
     params = [source.params(mesh)]  # a list, so that the engine's thread can take them away
   metrics = Metrics()
-  make_engine = lambda: make(source, served, params.pop(), options.slots)
+  make_engine = lambda: make(source, served, params.pop(), options)
   worker = Worker(served.name, make_engine, mesh, metrics)
   app = make_app(served, worker, metrics, options.limits)
   config = uvicorn.Config(
@@ -163,17 +165,19 @@ def prepare(options: Serve) -> Server:
   return Server(config, worker, options.drain_seconds)
 
 
-def make(source: Source, served: Served, params: Params, slots: int) -> Made:
+def make(source: Source, served: Served, params: Params, options: Serve) -> Made:
   """The engine, and what scores prompts."""
   engine = Engine(
     source.config,
     params,
-    slots=slots,
+    slots=options.slots,
     max_length=served.max_length,
     detokenizer=served.detokenizer,
+    grammars=served.grammars,
+    launch=options.launch,
   )
   scorer = Scorer(source.config, params, MOST_LOGPROBS) if served.scores else None
-  return cast(Any, engine), scorer
+  return engine, scorer
 
 
 if __name__ == "__main__":

@@ -11,7 +11,19 @@ import jax.numpy as jnp
 from kernels.flash_attention.reference import Features
 
 FIRST, LAST, FULL, PARTIAL, DIAGONAL = 1, 2, 4, 8, 16  # bits of a flag
+_SHIFT = 16
 MOST_BLOCKS = 1 << 16  # two int32 of each lie in 1 MiB of scalar memory
+
+
+def batch_of(row: jax.Array) -> jax.Array:
+  """The batch entry of a row of blocks. Shifts, because a grid's turn works out ten block indices:
+  divisions are long on a scalar core, and `//` asks which TPU this process has."""
+  return jax.lax.shift_right_logical(row, _SHIFT)
+
+
+def block_of(row: jax.Array) -> jax.Array:
+  """The block of queries (forward) or keys (backward) that a row is."""
+  return row & ((1 << _SHIFT) - 1)
 
 
 class LiveBlocks(NamedTuple):
@@ -23,7 +35,7 @@ class LiveBlocks(NamedTuple):
   none of them, so that its zeros are written.
   """
 
-  row: jax.Array  # [N] int32, batch * (blocks in a row's direction) + block
+  row: jax.Array  # [N] int32, batch << 16 | block: see `batch_of`, `block_of`
   other: jax.Array  # [N] int32, block of keys (forward) or of queries (backward)
   flags: jax.Array  # [N] int32
   count: jax.Array  # [] int32, entries in use
@@ -86,7 +98,7 @@ def _ranges(segments: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.
 
 def _in_order(kind: jax.Array) -> LiveBlocks:
   """Kinds [B, rows, others] -> the list of those that are kept."""
-  others = kind.shape[-1]
+  _, rows, others = kind.shape
   column = jnp.arange(others)
   kept = (kind > 0) | ((column == 0) & ~(kind > 0).any(-1, keepdims=True))
   first = kept & (jnp.cumsum(kept, -1) == 1)
@@ -96,8 +108,9 @@ def _in_order(kind: jax.Array) -> LiveBlocks:
   # sparse cores of v5p, v6e and tpu7x in a form that jaxlib cannot read back.
   every = jnp.arange(kept.size, dtype=jnp.int32)
   place = jnp.sort(jnp.where(kept.reshape(-1), every, kept.size)) % kept.size
+  row = place // others
   return LiveBlocks(
-    row=place // others,
+    row=row // rows << _SHIFT | row % rows,
     other=place % others,
     flags=flags[place].astype(jnp.int32),
     count=kept.sum(dtype=jnp.int32),

@@ -19,11 +19,19 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.lax import div, rem  # `//` asks which TPU this process has
 
 from kernels import attention_tile
 from kernels.flash_attention import tiles as tiling
-from kernels.flash_attention.blocks import DIAGONAL, FIRST, FULL, LAST, PARTIAL, live_blocks
+from kernels.flash_attention.blocks import (
+  DIAGONAL,
+  FIRST,
+  FULL,
+  LAST,
+  PARTIAL,
+  batch_of,
+  block_of,
+  live_blocks,
+)
 from kernels.flash_attention.reference import MASKED, Features
 from kernels.flash_attention.tiles import Tiles
 
@@ -85,19 +93,16 @@ def backward(
     tiles.k_block,
     by_keys=True,
   )
-  rows = keys // tiles.k_block
-  q_map = lambda g, i, r, row, other, *_: (div(row[i], rows), g * share + r, 0, other[i])
-  k_map = lambda g, i, r, row, *_: (div(row[i], rows), g, rem(row[i], rows), 0)
-  k_column_map = lambda g, i, r, row, *_: (div(row[i], rows), g, 0, rem(row[i], rows))
+  q_map = lambda g, i, r, row, other, *_: (batch_of(row[i]), g * share + r, 0, other[i])
+  k_map = lambda g, i, r, row, *_: (batch_of(row[i]), g, block_of(row[i]), 0)
+  k_column_map = lambda g, i, r, row, *_: (batch_of(row[i]), g, 0, block_of(row[i]))
   per_query = lambda size: pl.BlockSpec((None, None, size, tiles.q_block), q_map)
   per_key = lambda size: pl.BlockSpec((None, None, tiles.k_block, size), k_map)
   columns = lambda size: pl.BlockSpec((None, None, size, tiles.k_block), k_column_map)
   ids = lambda block, where: pl.BlockSpec((None, 1, block), where)
   in_specs = Inputs(
-    q_segments=ids(tiles.q_block, lambda g, i, r, row, other, *_: (div(row[i], rows), 0, other[i])),
-    k_segments=ids(
-      tiles.k_block, lambda g, i, r, row, *_: (div(row[i], rows), 0, rem(row[i], rows))
-    ),
+    q_segments=ids(tiles.q_block, lambda g, i, r, row, other, *_: (batch_of(row[i]), 0, other[i])),
+    k_segments=ids(tiles.k_block, lambda g, i, r, row, *_: (batch_of(row[i]), 0, block_of(row[i]))),
     q=per_query(width),
     d_out=per_query(value_width),
     lse=per_query(1),
@@ -111,7 +116,7 @@ def backward(
   scale = features.scale / attention_tile.query_factor(features.scale, features.soft_cap)
   zeros = jnp.zeros(x.q.shape, jnp.float32) + jnp.zeros_like(x.q)
   return pl.pallas_call(
-    functools.partial(_kernel, features=features, tiles=tiles, rows=rows, share=share, scale=scale),
+    functools.partial(_kernel, features=features, tiles=tiles, share=share, scale=scale),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
       grid=(groups, live.count, share),
@@ -141,7 +146,7 @@ def backward(
   )(live.row, live.other, live.flags, q_offset.reshape(1), *x, zeros)
 
 
-def _kernel(row, other, flags, offset, *refs, features, tiles, rows, share, scale):
+def _kernel(row, other, flags, offset, *refs, features, tiles, share, scale):
   x, (_, dq_hbm, dk, dv, sums, exchange) = Inputs(*refs[:9]), refs[9:]
   g, i, r = (pl.program_id(axis) for axis in range(3))
   flag = flags[i]
@@ -158,14 +163,11 @@ def _kernel(row, other, flags, offset, *refs, features, tiles, rows, share, scal
   @pl.when(flag & (FULL | PARTIAL | DIAGONAL) != 0)
   def _():
     queries = pl.ds(pl.multiple_of(other[i] * tiles.q_block, tiles.q_block), tiles.q_block)
-    block = dq_hbm.at[div(row[i], rows), g * share + r, :, queries]
+    block = dq_hbm.at[batch_of(row[i]), g * share + r, :, queries]
     before = jnp.maximum(i - 1, 0)
-    again = (
-      (div(row[before], rows) == div(row[i], rows)) & (other[before] == other[i]) & (share == 1)
-    )
+    again = (batch_of(row[before]) == batch_of(row[i])) & (other[before] == other[i]) & (share == 1)
     _fetch(exchange, block, again)
-    first = offset[0] + other[i] * tiles.q_block - (rem(row[i], rows)) * tiles.k_block
-    sums.dq[...] = jnp.zeros(sums.dq.shape, jnp.float32)
+    first = offset[0] + other[i] * tiles.q_block - (block_of(row[i])) * tiles.k_block
     for kind, start in ((FULL, None), (PARTIAL, first), (DIAGONAL, 0)):
       if kind != DIAGONAL or tiling.has_diagonal(features, tiles):
         pl.when(flag & kind != 0)(functools.partial(_walk, x, sums, features, tiles, start))
@@ -209,12 +211,17 @@ def _walk(x: Inputs, sums: Sums, features: Features, tiles: Tiles, start) -> Non
   """All tiles of a block that may hold something, masked unless `start` is None; the products of
   the next are computed one turn ahead."""
   steps = tiling.steps(features, tiles, start)
+  for a in range(0, tiles.q_block, tiles.q_tile):
+    if all(tile.queries.start != a for tile in steps):
+      queries = pl.ds(a, tiles.q_tile)
+      sums.dq[:, queries] = jnp.zeros_like(sums.dq[:, queries])
   ahead = _products(x, steps[0])
   for n, tile in enumerate(steps):
     product, d_weights = ahead
     if n + 1 < len(steps):
       ahead = _products(x, steps[n + 1])
-    _add(x, sums, tile, product, d_weights, features, start)
+    first = all(before.queries.start != tile.queries.start for before in steps[:n])
+    _add(x, sums, tile, product, d_weights, features, start, first)
 
 
 def _products(x: Inputs, tile: tiling.Tile) -> tuple[jax.Array, jax.Array]:
@@ -226,8 +233,8 @@ def _products(x: Inputs, tile: tiling.Tile) -> tuple[jax.Array, jax.Array]:
   )
 
 
-def _add(x, sums, tile, product, d_weights, features: Features, start) -> None:
-  """One tile's part of the gradients."""
+def _add(x, sums, tile, product, d_weights, features: Features, start, first: bool) -> None:
+  """One tile's part of the gradients; `first` of its queries in this turn."""
   a, c = tile
   logits = attention_tile.logits(product, features.soft_cap)
   if start is not None:
@@ -241,4 +248,5 @@ def _add(x, sums, tile, product, d_weights, features: Features, start) -> None:
   weights, d_logits = weights.astype(x.v.dtype), d_logits.astype(x.q.dtype)
   sums.dv[:, c] += tiling.dot(x.d_out[:, a], weights, (1, 1))
   sums.dk[:, c] += tiling.dot(x.q[:, a], d_logits, (1, 1))
-  sums.dq[:, a] += tiling.dot(x.k_columns[:, c], d_logits, (1, 0))
+  dq = tiling.dot(x.k_columns[:, c], d_logits, (1, 0))
+  sums.dq[:, a] = dq if first else sums.dq[:, a] + dq

@@ -9,16 +9,25 @@ Letters: B batch, H query heads, G key heads, S queries, T keys, K head width, V
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.lax import div, rem  # `//` asks which TPU this process has
 
 from kernels import attention_tile
 from kernels.flash_attention import tiles as tiling
-from kernels.flash_attention.blocks import DIAGONAL, FIRST, FULL, LAST, PARTIAL, live_blocks
+from kernels.flash_attention.blocks import (
+  DIAGONAL,
+  FIRST,
+  FULL,
+  LAST,
+  PARTIAL,
+  batch_of,
+  block_of,
+  live_blocks,
+)
 from kernels.flash_attention.reference import MASKED, Features
 from kernels.flash_attention.tiles import Tiles
 
@@ -53,17 +62,16 @@ def forward(
   live = live_blocks(
     q_segments, k_segments, q_offset, features, tiles.q_block, tiles.k_block, by_keys=False
   )
-  rows = queries // tiles.q_block
-  q_map = lambda h, i, row, other, *_: (div(row[i], rows), h, 0, rem(row[i], rows))
+  q_map = lambda h, i, row, other, *_: (batch_of(row[i]), h, 0, block_of(row[i]))
   per_query = lambda size: pl.BlockSpec((None, None, size, tiles.q_block), q_map)
-  k_map = lambda h, i, row, other, *_: (div(row[i], rows), div(h, share), other[i], 0)
-  v_map = lambda h, i, row, other, *_: (div(row[i], rows), div(h, share), 0, other[i])
+  k_map = lambda h, i, row, other, *_: (batch_of(row[i]), jax.lax.div(h, share), other[i], 0)
+  v_map = lambda h, i, row, other, *_: (batch_of(row[i]), jax.lax.div(h, share), 0, other[i])
   in_specs = [
     pl.BlockSpec(
-      (None, 1, tiles.q_block), lambda h, i, row, *_: (div(row[i], rows), 0, rem(row[i], rows))
+      (None, 1, tiles.q_block), lambda h, i, row, *_: (batch_of(row[i]), 0, block_of(row[i]))
     ),
     pl.BlockSpec(
-      (None, 1, tiles.k_block), lambda h, i, row, other, *_: (div(row[i], rows), 0, other[i])
+      (None, 1, tiles.k_block), lambda h, i, row, other, *_: (batch_of(row[i]), 0, other[i])
     ),
     per_query(width),
     pl.BlockSpec((None, None, tiles.k_block, width), k_map),
@@ -75,7 +83,7 @@ def forward(
     inputs.append(sinks)
   where = {"manual_axis_type": jax.typeof(q).manual_axis_type}  # in a shard_map
   return pl.pallas_call(
-    functools.partial(_kernel, features=features, tiles=tiles, rows=rows, sinks=sinks is not None),
+    functools.partial(_kernel, features=features, tiles=tiles, sinks=sinks is not None),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
       grid=(heads, live.count),
@@ -96,7 +104,7 @@ def forward(
   )(live.row, live.other, live.flags, q_offset.reshape(1), *inputs)
 
 
-def _kernel(row, other, flags, offset, q_ids, k_ids, q, k, v, *refs, features, tiles, rows, sinks):
+def _kernel(row, other, flags, offset, q_ids, k_ids, q, k, v, *refs, features, tiles, sinks):
   sink, (out, lse, top, total, acc) = (refs[0], refs[1:]) if sinks else (None, refs)
   i = pl.program_id(1)
   flag = flags[i]
@@ -108,7 +116,7 @@ def _kernel(row, other, flags, offset, q_ids, k_ids, q, k, v, *refs, features, t
     total[...] = jnp.full(total.shape, 0.0 if sink is None else 1.0, jnp.float32)
     acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
-  first = offset[0] + (rem(row[i], rows)) * tiles.q_block - other[i] * tiles.k_block
+  first = offset[0] + (block_of(row[i])) * tiles.q_block - other[i] * tiles.k_block
   walk = functools.partial(_walk, q_ids, k_ids, q, k, v, top, total, acc, features, tiles)
   for kind, start in ((FULL, None), (PARTIAL, first), (DIAGONAL, 0)):
     if kind != DIAGONAL or tiling.has_diagonal(features, tiles):
@@ -122,17 +130,28 @@ def _kernel(row, other, flags, offset, q_ids, k_ids, q, k, v, *refs, features, t
 
 
 def _walk(q_ids, k_ids, q, k, v, top, total, acc, features: Features, tiles: Tiles, start):
-  """All tiles of a block that may hold something, masked unless `start` is None. A tile's scores
-  are computed one turn ahead: the matrix units have work while its softmax is taken."""
+  """All tiles of a block that may hold something, masked unless `start` is None. While a tile's
+  softmax is taken, the matrix units have the scores of the next and the values of the last."""
   dot = functools.partial(tiling.dot, contract=(1, 0))
   steps = tiling.steps(features, tiles, start)
   ahead = dot(k[steps[0].keys, :], q[:, steps[0].queries])
-  for n, (a, c) in enumerate(steps):
+  behind: tuple[Any, ...] = ()  # the tile before this one, its weights and fade
+  for n, tile in enumerate(steps):
+    a, c = tile
     x = attention_tile.logits(ahead, features.soft_cap)
     if start is not None:
       here = start + a.start - c.start
       x = jnp.where(tiling.seen(q_ids[:, a], k_ids[:, c], features, here), x, MASKED)
     if n + 1 < len(steps):
       ahead = dot(k[steps[n + 1].keys, :], q[:, steps[n + 1].queries])
+    if behind:
+      _collect(v, acc, behind)
     weights, top[:, a], total[:, a], fade = attention_tile.update(x, top[:, a], total[:, a], axis=0)
-    acc[:, a] = acc[:, a] * fade + dot(v[:, c], weights.astype(v.dtype))
+    behind = (tile, weights.astype(v.dtype), fade)
+  _collect(v, acc, behind)
+
+
+def _collect(v, acc, done: tuple[Any, ...]) -> None:
+  """The values of a tile join the sum: (tile, weights, fade)."""
+  (a, c), weights, fade = done
+  acc[:, a] = acc[:, a] * fade + tiling.dot(v[:, c], weights, (1, 0))

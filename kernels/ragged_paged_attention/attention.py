@@ -2,7 +2,7 @@
 
 import jax
 
-from kernels.ragged_paged_attention import reference, tpu
+from kernels.ragged_paged_attention import tpu, xla
 from kernels.ragged_paged_attention.layout import Tiles
 
 
@@ -47,5 +47,5 @@ def ragged_paged_attention(
     "return_lse": return_lse,
   }
   if chip is None:
-    return reference.attention(q, k_new, v_new, kv_pages, **options)
+    return xla.attention(q, k_new, v_new, kv_pages, **options)
   return tpu.attention(q, k_new, v_new, kv_pages, tiles=tiles, chip=chip, **options)

@@ -12,7 +12,7 @@ from kernels.linear_logprob import linear_logprob
 from pt_jax import weights
 from pt_jax.models import vocabulary
 from pt_jax.models.vocabulary import TENSOR
-from pt_jax.sharding import USE
+from pt_jax.sharding import USE, chip
 
 
 @flax.struct.dataclass
@@ -40,8 +40,11 @@ def token_statistics(
     unembedding: [V, D], split over `tensor` along V, wherever it is stored along D.
     labels: [B, S] int32, the tokens whose log-prob is wanted.
     temperature: divides the logits.
-    chunk: logits held at once per position and device; rounded down to a divisor of the shard.
+    chunk: logits held at once per position and device where there is no TPU; rounded down to a
+      divisor of the shard.
   """
+
+  here = chip()
 
   def local(h: jax.Array, w: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
     out = linear_logprob(
@@ -51,6 +54,7 @@ def token_statistics(
       temperature=temperature,
       axis_name=TENSOR,
       chunk=chunk,
+      chip=here,
     )
     return tuple(x.reshape(ids.shape) for x in out)
 

@@ -1,9 +1,12 @@
-"""The key-value cache of the slots, and the attention that writes and reads it.
+"""Keys and values on the device: pages between launches, rows of one view within a launch.
 
-Letters: N slots, P prompt positions, T cache positions, L layers, H query heads, G key/value heads,
-K head width. The cache is a tuple of one array per layer, keys [N, G, K, T] and values
-[N, G, T, K]: a loop updates each in place, and the products of a decode step need no transposition
-of it.
+Letters: R rows (samples of a launch), L layers, H query heads, G key/value heads, K head width,
+T positions of the view, C tokens that a launch may draw, W entries of a row of a page.
+
+A step that gathered pages in every layer would copy the whole cache for every token. A launch
+gathers the pages of its rows once, decodes on the view and writes the pages back that it filled.
+The view is keys [R, G, K, T] and values [R, G, T, K]: a loop updates each in place, and the
+products of a step need no transposition of it.
 """
 
 import flax.struct
@@ -11,74 +14,97 @@ import jax
 import jax.numpy as jnp
 
 from kernels.flash_attention.xla import cached_attention
+from kernels.ragged_paged_attention import pages as layout
 from pt_jax.models.config import ModelConfig
 from pt_jax.models.decoder import Attend
 from pt_jax.sharding import USE
 
+Pages = tuple[jax.Array, ...]  # L of [pages, G, rows, W], in the compute dtype
+
 
 @flax.struct.dataclass
-class Cache:
-  """Keys and values of what every slot has read so far."""
+class View:
+  """Keys and values of the rows of a launch."""
 
-  keys: tuple[jax.Array, ...]  # L of [N, G, K, T], in the compute dtype
-  values: tuple[jax.Array, ...]  # L of [N, G, T, K]
+  keys: tuple[jax.Array, ...]  # L of [R, G, K, T]
+  values: tuple[jax.Array, ...]  # L of [R, G, T, K]
 
 
-def _spec() -> jax.P:
+def spec() -> jax.P:
+  """Of pages and of views: the parts of the batch, then heads."""
   return USE.spec("batch", "kv_heads", None, None)
 
 
-def empty(config: ModelConfig, slots: int, length: int) -> Cache:
-  """A cache of zeros for `slots` sequences of at most `length` tokens."""
-
-  def zeros(*shape: int) -> tuple[jax.Array, ...]:
-    shape = (slots, config.kv_heads, *shape)
-    make = lambda: jnp.zeros(shape, config.compute_dtype, out_sharding=_spec())
-    return tuple(make() for _ in range(config.layers))
-
-  return Cache(zeros(config.head_dim, length), zeros(length, config.head_dim))
+def empty(config: ModelConfig, pages: int, rows: int) -> Pages:
+  """Pages of zeros, `pages` in all parts of the batch together, of `rows` tokens each."""
+  width = layout.row_width(config.head_dim, config.head_dim)
+  shape = (pages, config.kv_heads, rows, width)
+  make = lambda: jnp.zeros(shape, config.compute_dtype, out_sharding=spec())
+  return tuple(make() for _ in range(config.layers))
 
 
-def insert(
-  cache: Cache, layer: int, prompts: tuple[jax.Array, jax.Array], source: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """One layer's keys and values with those of prompts at the start of the slots that begin so.
+def gather(config: ModelConfig, pages: Pages, table: jax.Array) -> View:
+  """The view of rows whose pages [R, T / rows] `table` names (within their part)."""
+  width = config.head_dim
+  start = layout.value_offset(width, width)
+
+  def local(pages, table):
+    own = pages[table]  # [R, P, G, rows, W]
+    merge = lambda x, axis: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    keys = merge(own[..., :width].transpose(0, 2, 4, 1, 3), 3)
+    return keys, merge(own[..., start:].transpose(0, 2, 1, 3, 4), 2)
+
+  mapped = jax.shard_map(
+    local, in_specs=(spec(), USE.spec("batch", None)), out_specs=(spec(), spec())
+  )
+  return View(*zip(*(mapped(own, table) for own in pages)))
+
+
+def write_back(
+  config: ModelConfig, pages: Pages, view: View, first: jax.Array, table: jax.Array
+) -> Pages:
+  """Pages with those of a launch written from its view.
 
   Args:
-    cache: of all layers.
-    layer: which one.
-    prompts: keys and values [R, P, G, K] of the rows of a prefill.
-    source: [N] int32, the row that a slot begins with, -1 for a slot that goes on.
-
-  Returns (keys, values) of the layer.
+    config: the model.
+    pages: before the launch.
+    view: after it.
+    first: [R] int32, which of its pages each row wrote to first.
+    table: [R, w] int32, pages for `first` and those behind it; past the end for none.
   """
-  rows = USE.spec(None, None, "kv_heads", None)
 
-  def local(keys, values, new_keys, new_values, source):
-    length = min(new_keys.shape[1], values.shape[2])
-    begins = (source >= 0)[:, None, None, None]
-    pick = lambda new, *axes: new[:, :length].transpose(0, *axes)[jnp.maximum(source, 0)]
-    write = lambda old, new: jnp.where(begins, new, old)
-    keys = keys.at[..., :length].set(write(keys[..., :length], pick(new_keys, 2, 3, 1)))
-    values = values.at[:, :, :length].set(write(values[:, :, :length], pick(new_values, 2, 1, 3)))
-    return keys, values
+  def local(pages, keys, values, first, table):
+    size = pages.shape[2]
+    count = keys.shape[3] // size
+    rows = jnp.arange(keys.shape[0])[:, None]
+    index = first[:, None] + jnp.arange(table.shape[1])
+    table = jnp.where(index < count, table, pages.shape[0])
+    index = jnp.minimum(index, count - 1)
+    cut = lambda x, axis: x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+    # Advanced indices that are apart go to the front: [R, w, G, ...].
+    new_keys = cut(keys, 3)[rows, :, :, index].swapaxes(-1, -2)
+    new_values = cut(values, 2)[rows, :, index]
+    gap = layout.value_offset(config.head_dim, config.head_dim) - config.head_dim
+    new_keys = jnp.pad(new_keys, (*((0, 0),) * 4, (0, gap)))
+    return pages.at[table].set(jnp.concatenate([new_keys, new_values], -1), mode="drop")
 
-  specs = (_spec(), _spec(), rows, rows, USE.spec("batch"))
-  mapped = jax.shard_map(local, in_specs=specs, out_specs=(_spec(), _spec()))
-  keys, values = jax.reshard(prompts[0], rows), jax.reshard(prompts[1], rows)
-  return mapped(cache.keys[layer], cache.values[layer], keys, values, source)
+  row = USE.spec("batch")
+  specs = (spec(), spec(), spec(), row, USE.spec("batch", None))
+  mapped = jax.shard_map(local, in_specs=specs, out_specs=spec())
+  layers = zip(pages, view.keys, view.values)
+  return tuple(mapped(own, keys, values, first, table) for own, keys, values in layers)
 
 
 def attend_cached(
   config: ModelConfig, keys: jax.Array, values: jax.Array, position: jax.Array
 ) -> Attend:
-  """Attention of one new token per slot over one layer's cache; keeps the cache with it written.
+  """Attention of one new token per row over one layer's view; keeps the view with it written.
 
   Args:
     config: the model.
-    keys: [N, G, K, T].
-    values: [N, G, T, K].
-    position: [N] int32, where the new token stands.
+    keys: [R, G, K, T].
+    values: [R, G, T, K].
+    position: [R] int32, where the new token stands.
   """
 
   def local(q, k, v, keys, values, position):
@@ -91,8 +117,8 @@ def attend_cached(
   def attend(q: jax.Array, k: jax.Array, v: jax.Array):
     heads = USE.spec("batch", None, "heads", None)
     kv_heads = USE.spec("batch", None, "kv_heads", None)
-    specs = (heads, kv_heads, kv_heads, _spec(), _spec(), USE.spec("batch"))
-    mapped = jax.shard_map(local, in_specs=specs, out_specs=(heads, _spec(), _spec()))
+    specs = (heads, kv_heads, kv_heads, spec(), spec(), USE.spec("batch"))
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=(heads, spec(), spec()))
     out, new_keys, new_values = mapped(q, k, v, keys, values, position)
     return out, (new_keys, new_values)
 

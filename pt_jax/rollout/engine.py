@@ -1,62 +1,46 @@
 """The rollout engine: prompts to completions, on the blocks of the training model.
 
-Completions are decoded in N slots at once. A slot whose completion ends is given the next request,
-so short answers do not wait for long ones. Every request draws from its own key, folded with the
-position, so what it samples does not depend on which slot it sat in or what sat beside it.
+Keys and values live in pages. Samples join and leave between launches (continuous batching),
+prompts are computed in chunks, what two of them have in common is computed once, and a sample that
+finds no page is preempted and computed again later. Every sample draws from its own key, folded
+with the position, so what it samples does not depend on its slot, its pages or what sat beside it.
 
-The host sees a slot only between launches; a launch decodes until enough slots are free to be worth
-a refill, or `LAUNCH` tokens have been drawn. Stop tokens and limits are checked on the device, stop
-strings on the host.
+The host sees a sample only between launches; a launch decodes up to `LAUNCH` tokens, or until so
+many samples have ended that a smaller launch is cheaper, or that those that wait can begin. Stop
+tokens and limits are checked on the device, stop strings and guides on the host.
 
-Left out on purpose: pages, prefix caching and chunked prefill. A prompt of n samples is prefilled
-once per refill. The paged engine keeps this interface.
+Left out on purpose: adapters. A request would name one, its number would go into the digests of its
+pages (`prefix.extend` takes a salt) and into `Rows`.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pt_jax import weights
-from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
-from pt_jax.models.layers import rms_norm
-from pt_jax.rollout import cache as kv
-from pt_jax.rollout.rollouts import Detokenizer, Rollouts, SamplingParams
-from pt_jax.rollout.sampling import sample
-from pt_jax.rollout.schedule import Drawn, Fill, Schedule
-from pt_jax.sharding import USE, P
+from pt_jax.rollout import batches, guides, programs
+from pt_jax.rollout.constraints import Constraint
+from pt_jax.rollout.figures import EngineFigures
+from pt_jax.rollout.rollouts import Detokenizer, Output, Rollouts, SamplingParams, StopReason
+from pt_jax.rollout.scheduler import Scheduler
+from pt_jax.rollout.sequence import Request, Sample
 from pt_jax.weights import Params
 
-LAUNCH = 64  # tokens per slot and launch at most
+LAUNCH = 64  # tokens per sample and launch at most
+BETWEEN = 8  # tokens per sample and launch while prompts are being computed
+REFILL = 8  # a launch ends when one sample in so many has ended and others wait
+PAGE = 32  # tokens of a page
+CHUNK = 512  # tokens of a prefill in each part of the batch axes
 
 
-@flax.struct.dataclass
-class Slots:
-  """What the device knows of the N completions in flight."""
+class Grammars(Protocol):
+  """Makes the matchers of constraints; `constraints.Grammars` is one."""
 
-  cache: kv.Cache
-  token: jax.Array  # [N] int32, drawn and not yet read
-  position: jax.Array  # [N] int32, where that token stands
-  end: jax.Array  # [N] int32, position that a completion may not reach
-  request: jax.Array  # [N] int32, folded into the key
-  active: jax.Array  # [N] bool
-
-
-@dataclasses.dataclass
-class EngineFigures:
-  """Counters since the engine was made."""
-
-  generated: int = 0  # tokens drawn
-  prefilled: int = 0  # prompt tokens computed
-  launches: int = 0
-  seconds: float = 0.0  # in `generate`
+  def matcher(self, constraint: Constraint, stop_tokens: Sequence[int]) -> guides.Matcher: ...
 
 
 class Engine:
@@ -70,7 +54,12 @@ class Engine:
     slots: int,
     max_length: int,
     detokenizer: Callable[[], Detokenizer] | None = None,
+    grammars: Grammars | None = None,
     version: int = 0,
+    pages: int | None = None,
+    page: int = PAGE,
+    chunk: int = CHUNK,
+    launch: int | None = None,
   ):
     """Call it, and everything else, inside `jax.set_mesh`.
 
@@ -79,19 +68,50 @@ class Engine:
       params: of `decoder.table(config)`, wherever the trainer keeps them.
       slots: completions decoded at once; a multiple of the mesh's batch axes.
       max_length: tokens that a prompt and its completion may have together.
-      detokenizer: makes an object with `push(token) -> str`; needed for stop strings.
+      detokenizer: makes an object with `push(token) -> str`; needed for stop strings and text.
+      grammars: needed for constraints.
       version: of the weights.
+      pages: in each part of the batch axes; by default enough that no sample is ever preempted.
+      page: tokens of a page; on a TPU a multiple of 32.
+      chunk: tokens of a prompt that are computed before samples that run go on.
+      launch: tokens per sample and launch, `LAUNCH` where absent: fewer come earlier.
+
+    Raises ValueError for sizes that do not fit.
     """
+    mesh = jax.sharding.get_abstract_mesh().shape
+    parts = mesh["data"] * mesh["expert"]
+    _check_sizes(slots, parts, max_length, page, chunk, launch, pages)
+    each, most = slots // parts, -(-max_length // page)
+    # A sample needs one page more while the last page of a shared prompt is copied.
+    pages = (each + 1) * most + 1 if pages is None else pages
     self.config, self.slots, self.max_length = config, slots, max_length
-    self.figures = EngineFigures()
-    self._detokenizer = detokenizer
-    self._prepare = jax.jit(functools.partial(_use_layout, config=config))
+    self.figures = EngineFigures(pages=pages * parts)
+    self._shapes = batches.Shapes(parts, each, pages, page, max_length, config.vocab_size)
+    self._chunk, self._launch = chunk, launch
+    self._detokenizer, self._grammars = detokenizer, grammars
+    self._scheduler = Scheduler(parts=parts, slots=each, pages=pages, rows=page)
+    self._pages = programs.empty_pages(config, pages * parts, page)
+    self._requests: dict[int, Request] = {}
+    self._number = 0
+    self._programs: set[Any] = set()
+    self._prepare = jax.jit(functools.partial(programs.use_layout, config=config))
     self.update(params, version)
 
   def update(self, params: Params, version: int) -> None:
-    """Takes new weights: a reshard from where the trainer keeps them to where they are used."""
+    """Takes new weights: a reshard from where the trainer keeps them to where they are used.
+
+    Requests on their way pause; their tokens, log-probs and versions stay. What is computed of them
+    is forgotten with all cached prefixes and computed again under the new weights, from which alone
+    the tokens behind are drawn.
+    """
     self._weights = self._prepare(params)
     self.version = version
+    self._scheduler.clear()
+
+  @property
+  def unfinished(self) -> bool:
+    """Whether `step` has something to do."""
+    return self._scheduler.unfinished
 
   def generate(
     self,
@@ -103,227 +123,285 @@ class Engine:
   ) -> Rollouts:
     """n completions of every prompt; row i * n + j is sample j of prompt i.
 
+    Cached prefixes are forgotten first: the arithmetic of a call, and so its every bit, depends on
+    nothing that came before it.
+
     Args:
       prompts: token ids, each at least one.
       sampling: how to draw, and when to stop.
       key: PRNG key; the same key, weights and prompts give the same completions.
       n: completions per prompt.
 
-    Raises ValueError for no prompts, an empty prompt, one that leaves no room for a token, or stop
-    strings without a detokenizer.
+    Raises ValueError for no prompts, an empty prompt, one that leaves no room for a token, stop
+    strings without a detokenizer, a constraint without grammars, or while requests are on their
+    way.
     """
-    self._check(prompts, sampling, n)
-    start = time.perf_counter()
-    schedule = Schedule(
-      prompts,
-      sampling,
-      n,
-      slots=self.slots,
-      max_length=self.max_length,
-      row_multiple=_batch_parts(),
-      detokenizer=self._detokenizer,
-    )
-    state = _empty_slots(self.config, self.slots, schedule.length)
-    stop_tokens = jnp.asarray(sampling.stop_tokens or (-1,), jnp.int32)
-    options = dataclasses.replace(sampling, max_tokens=1, stop_tokens=(), stop_strings=())
-    while schedule.unfinished:
-      if (fill := schedule.seat()) is not None:
-        state = _prefill(self._weights, state, fill, config=self.config)
-      state, drawn = _launch(
-        self._weights,
-        state,
-        schedule.free,
-        np.int32(schedule.enough),
-        key,
-        stop_tokens,
-        config=self.config,
-        options=options,
-      )
-      schedule.collect(jax.device_get(drawn), self.version)
-      self.figures.launches += 1
-    self.figures.prefilled += schedule.prefilled
-    self.figures.generated += sum(len(r.tokens) for r in schedule.requests)
-    self.figures.seconds += time.perf_counter() - start
-    return schedule.rollouts()
+    self._check("generate", prompts, sampling, n)
+    if self.unfinished:
+      raise ValueError(f"generate: expected no request on its way, found {len(self._requests)}")
+    self._scheduler.clear()
+    data = np.asarray(jax.random.key_data(key))
+    asked = [self._ask(p, sampling, data, n, i * n) for i, p in enumerate(prompts)]
+    while self.unfinished:
+      self._step()
+    for request in asked:
+      del self._requests[request.number]
+    return _rollouts([sample for request in asked for sample in request.samples])
 
-  def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, n: int) -> None:
+  def submit(
+    self,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    key: jax.Array,
+    n: int = 1,
+    text: bool = False,
+  ) -> int:
+    """Takes a request and returns its number.
+
+    Args:
+      prompt, sampling, key, n: as of `generate` with one prompt, whose samples these are.
+      text: whether outputs have text (it has where there are stop strings in any case).
+
+    Raises ValueError as `generate` does.
+    """
+    self._check("submit", [prompt], sampling, n)
+    if text and self._detokenizer is None:
+      raise ValueError("submit: text needs an engine with a detokenizer")
+    data = np.asarray(jax.random.key_data(key))
+    return self._ask(prompt, sampling, data, n, 0, text).number
+
+  def step(self) -> list[Output]:
+    """One iteration: admits what fits, computes a chunk of prompts, draws tokens. Returns what is
+    new of every sample, in the order in which they run."""
+    changed = self._step()
+    for request in {sample.request for sample in changed}:
+      if all(sample.stop is not None for sample in request.samples):
+        del self._requests[request.number]
+    return [sample.output(self.version) for sample in changed]
+
+  def abort(self, request: int) -> None:
+    """Ends a request, of which nothing more comes. One that has ended is no error."""
+    found = self._requests.pop(request, None)
+    for sample in found.samples if found else ():
+      if sample.stop is None:
+        sample.stop = StopReason.ABORTED
+        self._scheduler.finish(sample)
+
+  def _check(
+    self, where: str, prompts: Sequence[Sequence[int]], sampling: SamplingParams, n: int
+  ) -> None:
     if not prompts or n < 1:
-      raise ValueError(f"generate: expected prompts and n >= 1, found {len(prompts)} and n = {n}")
+      raise ValueError(f"{where}: expected prompts and n >= 1, found {len(prompts)} and n = {n}")
     if sampling.stop_strings and self._detokenizer is None:
-      raise ValueError("generate: stop strings need an engine with a detokenizer")
-    if sampling.constraint or sampling.top_logprobs:
-      raise ValueError("generate: this engine knows no constraint and no top_logprobs")
+      raise ValueError(f"{where}: stop strings need an engine with a detokenizer")
+    if sampling.constraint is not None:
+      if self._grammars is None:
+        raise ValueError(f"{where}: a constraint needs an engine with grammars")
+      self._grammars.matcher(sampling.constraint, sampling.stop_tokens)  # raises for a wrong one
     for i, prompt in enumerate(prompts):
       if not 0 < len(prompt) < self.max_length:
         raise ValueError(
-          f"generate: prompt {i} has {len(prompt)} tokens, expected 1 to {self.max_length - 1} "
+          f"{where}: prompt {i} has {len(prompt)} tokens, expected 1 to {self.max_length - 1} "
           "(the engine's max_length, less one to draw)"
         )
 
+  def _ask(
+    self,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    key: np.ndarray,
+    n: int,
+    first: int,
+    text: bool = False,
+  ) -> Request:
+    self._number += 1
+    request = Request(self._number, tuple(prompt), sampling, key, first)
+    for j in range(n):
+      sample = Sample(request, j, list(prompt), guide=self._guide(sampling, j))
+      if self._detokenizer is not None and (text or sampling.stop_strings):
+        sample.detokenizer = self._detokenizer()
+      request.samples.append(sample)
+    self._requests[request.number] = request
+    self._scheduler.add(request)
+    return request
 
-def _batch_parts() -> int:
-  mesh = jax.sharding.get_abstract_mesh().shape
-  return mesh["data"] * mesh["expert"]
+  def _guide(self, sampling: SamplingParams, sample: int) -> guides.Guide | None:
+    capped = None
+    if sampling.thinking is not None:
+      capped = guides.Capped(sampling.thinking, sample, self.config.vocab_size)
+    if sampling.constraint is None or self._grammars is None:
+      return capped
+    matcher = self._grammars.matcher(sampling.constraint, sampling.stop_tokens)
+    return guides.Constrained(matcher, capped)
 
+  def _step(self) -> list[Sample]:
+    """Returns the samples that have something new."""
+    start = time.perf_counter()
+    for sample in self._scheduler.admit():
+      if sample.seated_at is None:
+        sample.seated_at = time.perf_counter() - sample.request.submitted
+    computing = self._prefill()
+    changed = []
+    ready = [s for s in self._scheduler.samples() if s.ready]
+    running = sum(1 for _ in self._scheduler.samples())
+    if ready and (not computing or 2 * len(ready) >= running):
+      for bound in (False, True):
+        changed += self._decode(bound, computing)
+    self._measure(time.perf_counter() - start)
+    return changed
 
-def _use_layout(params: Params, *, config: ModelConfig) -> Params:
-  """Parameters where they are used, blocks as a list of layers, matrices in the compute dtype."""
-  table = decoder.table(config)
-  rows = {"embed": table["embed"], "final_norm": table["final_norm"]}
-  top = {name: weights.reshard(params[name], row, USE) for name, row in rows.items()}
-  top["unembed"] = decoder.unembedding(params, config)
-  whole = weights.reshard(params["blocks"], table["blocks"], USE)
-  layer = lambda i: jax.tree.map(lambda w: w[i], whole)
-  return top | {"blocks": [layer(i) for i in range(config.layers)]}
+  def _prefill(self) -> bool:
+    """Computes a chunk of what has to be; returns whether more has to be."""
+    parts = self._scheduler.pieces(self._chunk)
+    if any(parts):
+      chunk = batches.chunk(self._shapes, parts)
+      self._count("prefill", chunk.tokens.shape)
+      self._pages = programs.prefill(
+        self._weights, self._pages, chunk, config=self.config, limit=self.max_length
+      )
+      self.figures.prefills += 1
+      for piece in (piece for part in parts for piece in part):
+        self._scheduler.computed(piece.sample, piece.count)
+        self.figures.prefilled += piece.count
+    return any(not sample.ready for sample in self._scheduler.samples())
 
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _empty_slots(config: ModelConfig, slots: int, length: int) -> Slots:
-  zeros = lambda dtype: jnp.zeros(slots, dtype, out_sharding=USE.spec("batch"))
-  return Slots(
-    cache=kv.empty(config, slots, length),
-    token=zeros(jnp.int32),
-    position=zeros(jnp.int32),
-    end=zeros(jnp.int32),
-    request=zeros(jnp.int32),
-    active=zeros(bool),
-  )
-
-
-def _draw(w, hidden, request, position, key, options: SamplingParams):
-  """Logits of hidden [N, D], and a token of each row, drawn by the key of (request, position)."""
-  logits = jnp.einsum(
-    "nd,vd->nv", hidden, w["unembed"].astype(hidden.dtype), preferred_element_type=jnp.float32
-  )
-
-  def local(logits, request, position, key_data):
-    own = lambda r, p: jax.random.fold_in(
-      jax.random.fold_in(jax.random.wrap_key_data(key_data), r), p
+  def _decode(self, bound: bool, computing: bool) -> list[Sample]:
+    """One launch of the samples that are drawn under a mask, or of the others."""
+    most = 1 if bound else self._launch or LAUNCH
+    wanted = min(most, BETWEEN) if computing else most
+    chosen = lambda: [
+      [s for s in part if s.ready and s.bound == bound] for part in self._scheduler.running
+    ]
+    ends = {s: s.border(self.max_length) for part in chosen() for s in part}
+    steps = wanted
+    for part in chosen():
+      steps = min(steps, self._scheduler.reserve(part, steps, ends)) if part else steps
+    parts = chosen()
+    if not any(parts):
+      return []
+    view, steps = self._view(parts, steps)
+    rows, needs, places = batches.rows(self._shapes, parts, view, most)
+    self._count("launch", rows.table.shape, rows.stop_tokens.shape, needs, most, bound)
+    self._pages, drawn = programs.launch(
+      self._weights,
+      self._pages,
+      rows,
+      np.int32(steps),
+      np.int32(self._enough(len(places), len(rows.token))),
+      config=self.config,
+      needs=needs,
+      tokens=most,
     )
-    return sample(logits, jax.vmap(own)(request, position), options)
+    self.figures.launches += 1
+    return self._collect(places, jax.device_get(drawn))
 
-  row = USE.spec("batch")
-  specs = (USE.spec("batch", None), row, row, P(None))
-  logits = jax.reshard(logits, specs[0])
-  mapped = jax.shard_map(local, in_specs=specs, out_specs=(row, row), check_vma=False)
-  return mapped(logits, request, position, jax.random.key_data(key))
+  def _view(self, parts: Sequence[Sequence[Sample]], steps: int) -> tuple[int, int]:
+    """Pages of the view, and steps: where the view would have to be of the next size only for the
+    end of a launch, the launch is cut short instead."""
+    longest = max(s.computed for part in parts for s in part)
+    pages = self._shapes.view_pages(longest + 1)
+    room = pages * self._shapes.rows - longest
+    if room < steps and 4 * room < steps:
+      return self._shapes.view_pages(longest + steps), steps
+    return pages, min(steps, room)
 
+  def _enough(self, samples: int, rows: int) -> int:
+    """How many samples have to end for a launch to return."""
+    if self._scheduler.waiting:
+      return max(1, samples // REFILL)
+    smaller = self._shapes.launch_rows(rows // self._shapes.parts // 2) * self._shapes.parts
+    return samples - smaller if smaller < samples else samples
 
-def _layers(w: Params, c: ModelConfig, x: jax.Array, angles: Any, attend: Any) -> Any:
-  """All blocks, one after the other; `attend(i)` is the attention of layer i."""
-  kept = []
-  for i, layer in enumerate(w["blocks"]):
-    x, own = decoder.block(x, layer, c, angles, attend(i))
-    kept.append(own)
-  return rms_norm(x, w["final_norm"], c.norm_epsilon), kept
+  def _collect(self, places: Sequence[tuple[int, Sample]], drawn: programs.Drawn) -> list[Sample]:
+    """Hands tokens to their samples and frees what the ones that ended had."""
+    tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
+    self.figures.pages_peak = max(self.figures.pages_peak, self._held())
+    changed = []
+    for row, sample in places:
+      count, before = int(drawn.count[row]), sample.drawn
+      if not count:
+        self._scheduler.copied(sample)
+        continue
+      self.figures.prefilled += before == 0  # the launch read the last token of the prompt
+      top = _top(drawn, row, count, sample.request.sampling.top_logprobs)
+      sample.take(tokens[row][:count], logprobs[row][:count], top, self.version, self.max_length)
+      self._scheduler.copied(sample)
+      self._scheduler.computed(sample, sample.drawn - before)
+      self.figures.generated += sample.drawn - before
+      if sample.first_at is None:
+        sample.first_at = time.perf_counter() - sample.request.submitted
+      if sample.stop is not None:
+        self._scheduler.finish(sample)
+        self._finished(sample)
+      changed.append(sample)
+    return changed
 
+  def _finished(self, sample: Sample) -> None:
+    figures = self.figures
+    figures.finished += 1
+    figures.queue_seconds += sample.seated_at or 0.0
+    first = sample.first_at or 0.0
+    figures.first_token_seconds += first
+    figures.decode_seconds += time.perf_counter() - sample.request.submitted - first
+    figures.decoded += sample.drawn - 1
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnums=1)
-def _prefill(w: Params, state: Slots, fill: Fill, *, config: ModelConfig) -> Slots:
-  """Reads the prompts of a refill and seats them. A slot begins with its last prompt token unread:
-  the next launch reads it (its keys are then written a second time) and draws what follows."""
-  tokens = jax.reshard(fill.tokens, USE.spec("batch", "seq"))
-  index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  positions = jax.reshard(index, USE.spec("batch", "seq"))
-  length = jax.reshard(fill.length, USE.spec("batch"))
-  segments = jnp.where(positions < length[:, None], 0, -1)
-  packed = decoder.attend_packed(config, segments)
+  def _held(self) -> int:
+    return sum(cache.pool.held for cache in self._scheduler.caches)
 
-  def attend(_: int) -> decoder.Attend:
-    return lambda q, k, v: (packed(q, k, v)[0], (k, v))
+  def _measure(self, seconds: float) -> None:
+    figures, scheduler = self.figures, self._scheduler
+    figures.seconds += seconds
+    figures.preemptions, figures.prefix_hits = scheduler.preemptions, scheduler.hits
+    figures.pages_held = self._held()
 
-  x = decoder.embed(w["embed"], tokens, jnp.dtype(config.compute_dtype))
-  angles = decoder.rope_angles(decoder.rope_table(config, tokens.shape[1]), positions)
-  _, kept = _layers(w, config, x, angles, attend)
-  slot = lambda x: jax.reshard(x, USE.spec("batch"))
-  source, begins = slot(fill.source), slot(fill.source) >= 0
-  last = fill.length - 1
-  row = jnp.maximum(fill.source, 0)
-  token = slot(fill.tokens[row, last[row]])
-  take = lambda new, old: jnp.where(begins, new, old)
-  inserted = [kv.insert(state.cache, i, new, source) for i, new in enumerate(kept)]
-  return Slots(
-    cache=kv.Cache(*zip(*inserted)),
-    token=take(token, state.token),
-    position=take(slot(last[row]), state.position),
-    end=take(slot(fill.end), state.end),
-    request=take(slot(fill.request), state.request),
-    active=state.active | begins,
-  )
-
-
-@functools.partial(jax.jit, static_argnames=("config", "options"), donate_argnums=1)
-def _launch(
-  w: Params,
-  state: Slots,
-  gone: jax.Array,
-  enough: jax.Array,
-  key: jax.Array,
-  stop_tokens: jax.Array,
-  *,
-  config: ModelConfig,
-  options: SamplingParams,
-) -> tuple[Slots, Drawn]:
-  """Draws up to LAUNCH tokens per active slot, until `enough` slots are free.
-
-  Args:
-    w: weights of `_use_layout`.
-    state: the slots.
-    gone: [N] bool, slots that the host has freed.
-    enough: [] int32, free slots at which to return.
-    key: PRNG key of this `generate`.
-    stop_tokens: [K] int32.
-    config: the model. Static.
-    options: how to draw. Static.
-  """
-  slots = state.token.shape[0]
-  zeros = lambda dtype: jnp.zeros((slots, LAUNCH), dtype, out_sharding=USE.spec("batch", None))
-  count = jnp.zeros(slots, jnp.int32, out_sharding=USE.spec("batch"))
-  gone = jax.reshard(gone, USE.spec("batch"))
-  state = dataclasses.replace(state, active=state.active & ~gone)
-  table = decoder.rope_table(config, state.cache.values[0].shape[2])
-  start = (jnp.int32(0), state, Drawn(zeros(jnp.int32), zeros(jnp.float32), count))
-
-  def unfinished(carry: tuple[jax.Array, Slots, Drawn]) -> jax.Array:
-    step, state, _ = carry
-    return (step < LAUNCH) & (jnp.sum(~state.active) < enough)
-
-  def step(carry: tuple[jax.Array, Slots, Drawn]) -> tuple[jax.Array, Slots, Drawn]:
-    i, state, drawn = carry
-    hidden, cache = _read(w, state, table, config)
-    position = state.position + 1
-    token, logprob = _draw(w, hidden, state.request, position, key, options)
-    put = lambda into, x: into.at[:, i].set(jnp.where(state.active, x, 0))
-    drawn = Drawn(
-      put(drawn.tokens, token),
-      put(drawn.logprobs, logprob),
-      drawn.count + state.active.astype(jnp.int32),
-    )
-    ends = (token[:, None] == stop_tokens).any(-1) | (position + 1 >= state.end)
-    go_on = state.active & ~ends
-    state = dataclasses.replace(
-      state,
-      cache=cache,
-      token=jnp.where(go_on, token, state.token),
-      position=jnp.where(go_on, position, state.position),
-      active=go_on,
-    )
-    return i + 1, state, drawn
-
-  _, state, drawn = jax.lax.while_loop(unfinished, step, start)
-  whole = lambda x: jax.reshard(x, P(*(None,) * x.ndim))  # every host reads every token
-  return state, jax.tree.map(whole, drawn)
+  def _count(self, *program: Any) -> None:
+    """Counts a program when it is asked for the first time."""
+    self._programs.add(program)
+    self.figures.compilations = len(self._programs)
 
 
-def _read(
-  w: Params, state: Slots, table: decoder.Angles, c: ModelConfig
-) -> tuple[jax.Array, kv.Cache]:
-  """Reads the token of every slot: final hidden states [N, D] and the cache that now holds it."""
-  tokens, positions = state.token[:, None], state.position[:, None]
-  x = decoder.embed(w["embed"], tokens, jnp.dtype(c.compute_dtype))
+def _check_sizes(
+  slots: int,
+  parts: int,
+  max_length: int,
+  page: int,
+  chunk: int,
+  launch: int | None,
+  pages: int | None,
+) -> None:
+  if slots < 1 or slots % parts:
+    raise ValueError(f"engine: expected slots in multiples of {parts} (the mesh), found {slots}")
+  least = {"max_length": (max_length, 2), "page": (page, 1), "chunk": (chunk, 1)}
+  least |= {"launch": (1 if launch is None else launch, 1)}
+  if pages is not None:
+    least["pages"] = (pages, -(-max_length // page) + 1)  # one sample, and a page to copy to
+  for name, (found, expected) in least.items():
+    if found < expected:
+      raise ValueError(f"engine: expected {name} of at least {expected}, found {found}")
 
-  def attend(i: int) -> decoder.Attend:
-    return kv.attend_cached(c, state.cache.keys[i], state.cache.values[i], state.position)
 
-  x, kept = _layers(w, c, x, decoder.rope_angles(table, positions), attend)
-  return x[:, 0], kv.Cache(*zip(*kept))
+def _top(
+  drawn: programs.Drawn, row: int, count: int, k: int
+) -> list[tuple[tuple[int, float], ...]]:
+  """The k most likely tokens in the place of each that was drawn."""
+  if not k:
+    return [()] * count
+  which, best = drawn.top_tokens[row, :count, :k], drawn.top_logprobs[row, :count, :k]
+  return [tuple(zip(a, b)) for a, b in zip(which.tolist(), best.tolist())]
+
+
+def _rollouts(samples: Sequence[Sample]) -> Rollouts:
+  """Finished samples as right-padded arrays, in NumPy."""
+  start = np.array([s.start for s in samples], np.int32)
+  length = np.array([len(s.tokens) for s in samples], np.int32)
+  shape = (len(samples), int(length.max()))
+  tokens, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+  version = np.full(shape, -1, np.int32)
+  for i, sample in enumerate(samples):
+    tokens[i, : length[i]] = sample.tokens
+    drawn = slice(start[i], length[i])
+    logprobs[i, drawn], version[i, drawn] = sample.logprobs, sample.versions
+  stop = np.array([s.stop for s in samples], np.int8)
+  fields: Any = (tokens, start, length, logprobs, version, stop)
+  return Rollouts(*fields)

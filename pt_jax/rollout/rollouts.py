@@ -8,6 +8,7 @@ import flax.struct
 import jax
 
 from pt_jax.rollout.constraints import Constraint
+from pt_jax.rollout.guides import Thinking
 
 
 class Detokenizer(Protocol):
@@ -45,6 +46,9 @@ class SamplingParams:
   stop_strings: tuple[str, ...] = ()
   top_logprobs: int = 0  # most likely tokens that are reported beside each drawn one
   constraint: Constraint | None = None  # form that a completion has to have; needs stop_tokens
+  thinking: Thinking | None = (
+    None  # a cap that forces the closing tag; a constraint holds behind it
+  )
 
   def __post_init__(self):
     for field, holds, expected in (

@@ -1,4 +1,7 @@
-"""Drawing the next token. B sequences, V tokens; every row has its own key."""
+"""Drawing the next token. B sequences, V tokens; every row has its own key and its own options."""
+
+import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +11,37 @@ from pt_jax.rollout.rollouts import SamplingParams
 CHUNK = 128  # tokens whose weights are summed by one matrix product
 
 
+class Cuts(Protocol):
+  """Which tokens may be drawn: numbers for all rows (`SamplingParams`), or arrays [B]."""
+
+  @property
+  def temperature(self) -> float | jax.Array: ...
+  @property
+  def top_k(self) -> int | jax.Array: ...
+  @property
+  def top_p(self) -> float | jax.Array: ...
+  @property
+  def min_p(self) -> float | jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+  """What at least one row of a batch wants; what none wants is not computed."""
+
+  cuts: bool = False  # top-k, top-p or min-p
+  top: int = 0  # most likely tokens that are reported
+
+  @classmethod
+  def of(cls, params: SamplingParams) -> "Needs":
+    """Of one row."""
+    cuts = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    return cls(cuts and params.temperature > 0, params.top_logprobs)
+
+
 def sample(
   logits: jax.Array, keys: jax.Array, params: SamplingParams
 ) -> tuple[jax.Array, jax.Array]:
-  """Draws one token per row.
+  """Draws one token per row, all rows alike.
 
   Args:
     logits: [B, V] float32.
@@ -22,14 +52,55 @@ def sample(
     tokens [B] int32, and their log-probs [B] float32 under the full softmax at the temperature
     (greedy: at temperature 1), before top-k, top-p and min-p.
   """
-  logprobs = jax.nn.log_softmax(logits / (params.temperature or 1.0))
-  if params.temperature == 0:
-    tokens = jnp.argmax(logits, -1)
-  else:
-    weights = jnp.where(jnp.isneginf(keep_likely(logits, params)), 0, jnp.exp(logprobs))
-    tokens = choose(weights, jax.vmap(jax.random.uniform)(keys))
+  tokens, logprobs, _ = draw(logits, keys, params, Needs.of(params))
+  return tokens, logprobs
+
+
+def scaled_logprobs(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
+  """[B, V] log-softmax at the temperature of each row; greedy rows are at temperature 1."""
+  temperature = _column(temperature)
+  return jax.nn.log_softmax(logits / jnp.where(temperature > 0, temperature, 1.0))
+
+
+def draw(
+  logits: jax.Array,
+  keys: jax.Array,
+  params: Cuts,
+  needs: Needs,
+  allowed: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+  """Draws one token per row.
+
+  Args:
+    logits: [B, V] float32.
+    keys: [B] PRNG keys.
+    params: how to draw each row.
+    needs: of all rows together. Static.
+    allowed: [B, V] bool, tokens that may be drawn; of the others the probability is 0.
+
+  Returns:
+    tokens [B] int32 and their log-probs [B] as `sample` has them, and the `needs.top` most likely
+    tokens with their log-probs, [B, top] each.
+  """
+  logprobs = scaled_logprobs(logits, params.temperature)
+  kept = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+  greedy = jnp.argmax(kept, -1)
+  if needs.cuts:
+    kept = keep_likely(kept, params)
+  masked = jnp.where(jnp.isneginf(kept), -jnp.inf, logprobs)
+  if allowed is not None:  # what is left may be so unlikely that its weights are all 0
+    masked -= masked.max(-1, keepdims=True)
+  weights = jnp.exp(masked)
+  drawn = choose(weights, jax.vmap(jax.random.uniform)(keys))
+  tokens = jnp.where(_column(params.temperature)[:, 0] > 0, drawn, greedy).astype(jnp.int32)
   hit = jnp.arange(logits.shape[-1]) == tokens[:, None]
-  return tokens.astype(jnp.int32), jnp.where(hit, logprobs, 0).sum(-1)
+  best, which = jax.lax.top_k(logprobs, min(needs.top, logits.shape[-1]))
+  return tokens, jnp.where(hit, logprobs, 0).sum(-1), (which.astype(jnp.int32), best)
+
+
+def _column(x: float | jax.Array) -> jax.Array:
+  """A number or [B] as [1 or B, 1]."""
+  return jnp.reshape(jnp.asarray(x), (-1, 1))
 
 
 def choose(weights: jax.Array, uniform: jax.Array) -> jax.Array:
@@ -60,7 +131,7 @@ def choose(weights: jax.Array, uniform: jax.Array) -> jax.Array:
   return jnp.minimum(first, last)
 
 
-def keep_likely(logits: jax.Array, params: SamplingParams) -> jax.Array:
+def keep_likely(logits: jax.Array, params: Cuts) -> jax.Array:
   """Sets to -inf what top-k, then min-p, then top-p cut from [B, V]; the most likely token stays.
 
   Top-p keeps the shortest prefix, in order of probability, whose mass reaches top_p, of what the
@@ -69,17 +140,16 @@ def keep_likely(logits: jax.Array, params: SamplingParams) -> jax.Array:
   Bounds are taken from the logits as they came in, and compared with those: a value that a compiler
   computes in two places may differ in its last bit, and the token that is the bound would be cut.
   """
-  kept = logits
-  if params.top_k:
-    lowest = jax.lax.top_k(logits, min(params.top_k, logits.shape[-1]))[0][:, -1:]
-    kept = jnp.where(logits < lowest, -jnp.inf, kept)
-  if params.min_p > 0:
-    lowest = logits.max(-1, keepdims=True) + params.temperature * jnp.log(params.min_p)
-    kept = jnp.where(logits < lowest, -jnp.inf, kept)
-  if params.top_p < 1:
-    ordered = jnp.sort(kept, axis=-1, descending=True)
-    probs = jax.nn.softmax(ordered / params.temperature)
-    before = jnp.cumsum(probs, -1) - probs
-    lowest = jnp.where(before < params.top_p, ordered, jnp.inf).min(-1, keepdims=True)
-    kept = jnp.where(logits < lowest, -jnp.inf, kept)
-  return kept
+  top_k, top_p, min_p = (_column(x) for x in (params.top_k, params.top_p, params.min_p))
+  temperature = _column(params.temperature)
+  temperature = jnp.where(temperature > 0, temperature, 1.0)
+  ordered = jnp.sort(logits, axis=-1, descending=True)
+  index = jnp.arange(logits.shape[-1])
+  worst = jnp.where((top_k == 0) | (index < top_k), ordered, jnp.inf).min(-1, keepdims=True)
+  least = ordered[:, :1] + temperature * jnp.where(min_p > 0, jnp.log(min_p), -jnp.inf)
+  left = jnp.where((ordered < worst) | (ordered < least), -jnp.inf, ordered)
+  probs = jax.nn.softmax(left / temperature)
+  before = jnp.cumsum(probs, -1) - probs
+  mass = jnp.where((before < top_p) | (top_p >= 1), left, jnp.inf).min(-1, keepdims=True)
+  lowest = jnp.maximum(jnp.maximum(worst, least), mass)
+  return jnp.where(logits < lowest, -jnp.inf, logits)

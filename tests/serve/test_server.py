@@ -17,33 +17,28 @@ from pt_jax.data.chat_templates import load_template
 from pt_jax.data.tokenizers import IncrementalDetokenizer
 from pt_jax.models import decoder
 from pt_jax.models.logprobs import next_token_statistics
+from pt_jax.rollout.constraints import Grammars
 from pt_jax.rollout.engine import Engine
 from pt_jax.rollout.rollouts import SamplingParams
 from pt_jax.serve.protocol import Limits
 from tests.serve import tiny
-from tests.serve.adapter import Adapter
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 STOPS = (257, 259)  # <|endoftext|> and what ends a turn
 PROMPTS = ("Hello", "two plus two", "é", "a b c d e f g h i j k l m n o p q r s t")
+GRAMMARS = Grammars(tiny.TOKENIZER, tiny.MODEL.vocab_size)
 LIMITS = Limits(body_bytes=20_000, samples=16, queue=24, seconds=20)
 
 
-STREAMS = hasattr(Engine, "submit")
-streams = pytest.mark.skipif(not STREAMS, reason="the engine does not stream yet")
-
-
 def make_engine():
-  return make_plain() if STREAMS else Adapter(make_plain())
-
-
-def make_plain():
   return Engine(
     tiny.MODEL,
     tiny.params(),
     slots=tiny.SLOTS,
     max_length=tiny.LENGTH,
     detokenizer=lambda: IncrementalDetokenizer(tiny.TOKENIZER),
+    grammars=GRAMMARS,
+    launch=8,
   )
 
 
@@ -57,7 +52,7 @@ def mesh():
 @pytest.fixture(scope="module")
 def engine(mesh):
   """Another engine on the same weights: what it answers is the truth."""
-  return make_plain()
+  return make_engine()
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +103,6 @@ def test_greedy_completions_are_the_engines(client, engine, prompt):
   assert (answer["object"], answer["model"]) == ("text_completion", tiny.NAME)
 
 
-@streams
 def test_logprobs_are_the_engines(client, engine):
   answer = client.complete(prompt=PROMPTS[1], temperature=0, max_tokens=12, logprobs=3)
   ((tokens, expected),) = greedy(engine, [ids(PROMPTS[1])])
@@ -191,7 +185,6 @@ def test_streams_are_the_whole_answer_in_pieces(client):
   assert len({e["id"] for e in events}) == 1
 
 
-@streams
 def test_chats_go_through_the_template(client, engine):
   prompt = encode_prompt(
     [{"role": "user", "content": "Hi <|im_end|>"}], tiny.TOKENIZER, load_template("chatml")
@@ -231,7 +224,6 @@ SCHEMA = {
 }
 
 
-@streams
 def test_answers_have_the_form_that_is_asked_for(client):
   pattern = "(yes|no): [a-z]{2,5}é?"
   answer = client.complete(prompt="x", n=8, seed=1, max_tokens=30, regex=pattern)
@@ -317,6 +309,10 @@ TOOL = {"type": "function", "function": {"name": "f"}}
     (CHAT, {"messages": MESSAGES, "logprobs": 2}, 400, "logprobs", "is not of type 'boolean'"),
     (CHAT, {"messages": MESSAGES, "response_format": {"type": "xml"}}, 400, "response_format",
      "json_schema with json_schema.schema"),
+    (CHAT, {"messages": MESSAGES, "response_format": {
+      "type": "json_schema", "json_schema": {"schema": [1]}}}, 400, "response_format",
+     "json_schema with json_schema.schema"),
+    (COMPLETIONS, {"prompt": "x", "regex": "(ab|c)" * 3000}, 400, "regex", "expected 1 to"),
     (CHAT, {"messages": MESSAGES, "response_format": {
       "type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}}, 400,
      "response_format", "Invalid type: nope"),
@@ -432,7 +428,6 @@ def test_an_engine_that_fails_fails_its_requests_and_the_server(mesh):
     wait_until(lambda: client.server.failed and client.server.should_exit)
 
 
-@streams
 def test_draining_answers_what_was_let_in(client, mesh):
   with tiny.serving(make_engine, tiny.params()) as client:
     connection = client.open("POST", COMPLETIONS, LONG)

@@ -1,0 +1,269 @@
+"""What the engine compiles: prefill, which computes pieces of sequences, and the launch, which
+draws.
+
+Letters: D parts of the batch axes, S tokens of a prefill in each part, N sequences of each part, P
+pages of a sequence, R rows of a launch (of all parts, one part after the other), C tokens per row
+that a launch may draw, w pages that a row may write, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kernels.ragged_paged_attention import ragged_paged_attention
+from pt_jax import weights
+from pt_jax.models import decoder
+from pt_jax.models.config import ModelConfig
+from pt_jax.models.layers import rms_norm
+from pt_jax.rollout import cache as kv
+from pt_jax.rollout.sampling import Needs, draw
+from pt_jax.sharding import USE, P
+from pt_jax.weights import Params
+
+
+@flax.struct.dataclass
+class Chunk:
+  """Pieces of sequences, laid one behind the other."""
+
+  tokens: jax.Array  # [D, S] int32
+  positions: jax.Array  # [D, S] int32
+  lengths: jax.Array  # [D, N] int32, tokens of each sequence, those of the chunk included
+  table: jax.Array  # [D, N, P] int32, pages within the part
+  starts: jax.Array  # [D, N + 1] int32, first token of each sequence in the chunk
+
+
+@flax.struct.dataclass
+class Rows:
+  """What a launch knows of its rows."""
+
+  token: jax.Array  # [R] int32, drawn and not yet read
+  position: jax.Array  # [R] int32, where that token stands
+  end: jax.Array  # [R] int32, position that no token may reach now
+  active: jax.Array  # [R] bool
+  key: jax.Array  # [R, ...] uint32, data of PRNG keys
+  number: jax.Array  # [R] int32, folded into the key
+  temperature: jax.Array  # [R] float32, as what follows see `SamplingParams`
+  top_k: jax.Array  # [R] int32
+  top_p: jax.Array  # [R] float32
+  min_p: jax.Array  # [R] float32
+  stop_tokens: jax.Array  # [R, any] int32, -1 for none
+  table: jax.Array  # [R, T / page] int32, pages that are read
+  first: jax.Array  # [R] int32, which of its pages a row writes to first
+  write: jax.Array  # [R, w] int32, pages that are written; past the end for none
+  allowed: jax.Array | None  # [R, V / 32] uint32, see `guides`
+
+
+@flax.struct.dataclass
+class Drawn:
+  """Tokens of one launch; entries past `count` are 0."""
+
+  tokens: jax.Array  # [R, C] int32
+  logprobs: jax.Array  # [R, C] float32
+  count: jax.Array  # [R] int32
+  top_tokens: jax.Array  # [R, C, any] int32, the most likely ones
+  top_logprobs: jax.Array  # [R, C, any] float32
+
+
+def use_layout(params: Params, *, config: ModelConfig) -> Params:
+  """Parameters where they are used, blocks as a list of layers."""
+  table = decoder.table(config)
+  rows = {"embed": table["embed"], "final_norm": table["final_norm"]}
+  top = {name: weights.reshard(params[name], row, USE) for name, row in rows.items()}
+  top["unembed"] = decoder.unembedding(params, config)
+  whole = weights.reshard(params["blocks"], table["blocks"], USE)
+  layer = lambda i: jax.tree.map(lambda w: w[i], whole)
+  return top | {"blocks": [layer(i) for i in range(config.layers)]}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def empty_pages(config: ModelConfig, pages: int, rows: int) -> kv.Pages:
+  """See `cache.empty`."""
+  return kv.empty(config, pages, rows)
+
+
+def _layers(w: Params, c: ModelConfig, x: jax.Array, angles: Any, attend: Any) -> Any:
+  """All blocks, one after the other; `attend(i)` is the attention of layer i."""
+  kept = []
+  for i, layer in enumerate(w["blocks"]):
+    x, own = decoder.block(x, layer, c, angles, attend(i))
+    kept.append(own)
+  return rms_norm(x, w["final_norm"], c.norm_epsilon), kept
+
+
+@functools.partial(jax.jit, static_argnames=("config", "limit"), donate_argnums=1)
+def prefill(
+  w: Params, pages: kv.Pages, chunk: Chunk, *, config: ModelConfig, limit: int
+) -> kv.Pages:
+  """Computes keys and values of a chunk and writes them into its pages.
+
+  Args:
+    w: weights of `use_layout`.
+    pages: of all sequences.
+    chunk: what is computed.
+    config: the model. Static.
+    limit: positions are below it. Static.
+  """
+  place = lambda x, *rest: jax.reshard(x, USE.spec("batch", *(None,) * (x.ndim - 1)))
+  tokens, positions = (
+    jax.reshard(x, USE.spec("batch", "seq")) for x in (chunk.tokens, chunk.positions)
+  )
+  places = [place(x) for x in (chunk.lengths, chunk.table, chunk.starts)]
+  heads, groups = (USE.spec("batch", None, name, None) for name in ("heads", "kv_heads"))
+  row, table = USE.spec("batch", None), USE.spec("batch", None, None)
+
+  def local(q, k, v, own, lengths, table, starts):
+    out, own = ragged_paged_attention(
+      q[0],
+      k[0],
+      v[0],
+      own,
+      kv_lengths=lengths[0],
+      page_table=table[0],
+      q_starts=starts[0],
+      scale=config.head_dim**-0.5,
+    )
+    return out[None], own
+
+  def attend(i: int) -> decoder.Attend:
+    specs = (heads, groups, groups, kv.spec(), row, table, row)
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=(heads, kv.spec()), check_vma=False)
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array):
+      q, k, v = jax.reshard(q, heads), jax.reshard(k, groups), jax.reshard(v, groups)
+      return mapped(q, k, v, pages[i], *places)
+
+    return attention
+
+  x = decoder.embed(w["embed"], tokens, jnp.dtype(config.compute_dtype))
+  angles = decoder.rope_angles(decoder.rope_table(config, limit), positions)
+  _, kept = _layers(w, config, x, angles, attend)
+  return tuple(kept)
+
+
+def _draw(w: Params, hidden: jax.Array, rows: Rows, position: jax.Array, needs: Needs):
+  """Logits of hidden [R, width], and a token of each row, drawn by its key folded with where the
+  token will stand. Returns what `sampling.draw` does."""
+  logits = jnp.einsum(
+    "nd,vd->nv", hidden, w["unembed"].astype(hidden.dtype), preferred_element_type=jnp.float32
+  )
+  vocab_size = logits.shape[1]
+
+  def local(logits, rows, position):
+    own = lambda key, number, at: jax.random.fold_in(
+      jax.random.fold_in(jax.random.wrap_key_data(key), number), at
+    )
+    keys = jax.vmap(own)(rows.key, rows.number, position)
+    allowed = None if rows.allowed is None else unpack(rows.allowed, vocab_size)
+    return draw(logits, keys, rows, needs, allowed)
+
+  row, wide = USE.spec("batch"), USE.spec("batch", None)
+  specs = jax.tree.map(lambda x: USE.spec("batch", *(None,) * (x.ndim - 1)), rows)
+  logits = jax.reshard(logits, wide)
+  out = (row, row, (wide, wide))
+  mapped = jax.shard_map(local, in_specs=(wide, specs, row), out_specs=out, check_vma=False)
+  return mapped(logits, rows, position)
+
+
+def unpack(bits: jax.Array, vocab_size: int) -> jax.Array:
+  """[R, V] bool from masks [R, V / 32] uint32: bit t % 32 of word t // 32 is token t."""
+  shifted = bits[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)
+  return (shifted & 1).astype(bool).reshape(bits.shape[0], -1)[:, :vocab_size]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "needs", "tokens"), donate_argnums=1)
+def launch(
+  w: Params,
+  pages: kv.Pages,
+  rows: Rows,
+  steps: jax.Array,
+  enough: jax.Array,
+  *,
+  config: ModelConfig,
+  needs: Needs,
+  tokens: int,
+) -> tuple[kv.Pages, Drawn]:
+  """Draws up to `steps` tokens per active row, until `enough` of these rows have ended.
+
+  Args:
+    w: weights of `use_layout`.
+    pages: of all sequences.
+    rows: what is decoded.
+    steps: [] int32, at most `tokens`.
+    enough: [] int32.
+    config: the model. Static.
+    needs: of all rows together. Static.
+    tokens: C, room for what is drawn. Static.
+  """
+  place = lambda x: jax.reshard(x, USE.spec("batch", *(None,) * (x.ndim - 1)))
+  rows = jax.tree.map(place, rows)
+  view = kv.gather(config, pages, rows.table)
+  count = rows.token.shape[0]
+  # The step after the last one of a row writes no further than the view.
+  table = decoder.rope_table(config, view.values[0].shape[2])
+  running = jnp.sum(rows.active)
+
+  def zeros(dtype: Any, *more: int) -> jax.Array:
+    where = USE.spec("batch", *(None,) * len(more))
+    return jnp.zeros((count, *more), dtype, out_sharding=where)
+
+  top = (tokens, min(needs.top, w["unembed"].shape[0]))
+  empty = Drawn(
+    zeros(jnp.int32, tokens),
+    zeros(jnp.float32, tokens),
+    zeros(jnp.int32),
+    zeros(jnp.int32, *top),
+    zeros(jnp.float32, *top),
+  )
+
+  def unfinished(carry: Any) -> jax.Array:
+    step, rows, _, _ = carry
+    return (step < steps) & (running - jnp.sum(rows.active) < enough)
+
+  def step(carry: Any) -> Any:
+    i, rows, view, drawn = carry
+    hidden, view = _read(w, rows, view, table, config)
+    position = rows.position + 1
+    token, logprob, best = _draw(w, hidden, rows, position, needs)
+    put = lambda into, x: into.at[:, i].set(
+      jnp.where(rows.active.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+    )
+    drawn = Drawn(
+      put(drawn.tokens, token),
+      put(drawn.logprobs, logprob),
+      drawn.count + rows.active.astype(jnp.int32),
+      put(drawn.top_tokens, best[0]),
+      put(drawn.top_logprobs, best[1]),
+    )
+    ends = (token[:, None] == rows.stop_tokens).any(-1) | (position + 1 >= rows.end)
+    go_on = rows.active & ~ends
+    rows = dataclasses.replace(
+      rows,
+      token=jnp.where(go_on, token, rows.token),
+      position=jnp.where(go_on, position, rows.position),
+      active=go_on,
+    )
+    return i + 1, rows, view, drawn
+
+  start = (jnp.int32(0), rows, view, empty)
+  _, _, view, drawn = jax.lax.while_loop(unfinished, step, start)
+  pages = kv.write_back(config, pages, view, rows.first, rows.write)
+  whole = lambda x: jax.reshard(x, P(*(None,) * x.ndim))  # every host reads every token
+  return pages, jax.tree.map(whole, drawn)
+
+
+def _read(
+  w: Params, rows: Rows, view: kv.View, table: decoder.Angles, c: ModelConfig
+) -> tuple[jax.Array, kv.View]:
+  """Reads the token of every row: final hidden states [R, width] and the view that now holds it."""
+  tokens, positions = rows.token[:, None], rows.position[:, None]
+  x = decoder.embed(w["embed"], tokens, jnp.dtype(c.compute_dtype))
+
+  def attend(i: int) -> decoder.Attend:
+    return kv.attend_cached(c, view.keys[i], view.values[i], rows.position)
+
+  x, kept = _layers(w, c, x, decoder.rope_angles(table, positions), attend)
+  return x[:, 0], kv.View(*zip(*kept))
