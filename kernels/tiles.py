@@ -48,11 +48,12 @@ ROWS: tuple[Row, ...] = (
     ANY,
     ANY,
     {"rows": 512, "keys": 512, "heads": 8},
-    "static, prefill_4096 and decode_64x4096: docs/results.md",
+    "static 2026-11-25, v5e and v6e, of 5 pairs in 256, 512 and 1024: docs/results.md",
   ),
   _linear_logprob(1024, (512, 1024, 512, 512), _STATIC),
   _linear_logprob(2048, (512, 512, 512, 512), "no search: those of width<=4096"),
   _linear_logprob(4096, (512, 512, 512, 512), _STATIC),
+  Row("grouped_matmul", ANY, ANY, {"rows": 256, "columns": 512, "depth": 512}, _FIRST_GUESS),
   _linear_logprob(8192, (512, 256, 256, 512), "no search: fits the VMEM of v5p and tpu7x"),
 )
 

@@ -26,7 +26,7 @@ from launch import bench_tasks, host
 from launch.bench_peers.spec import SPEC
 from pt_jax import sharding
 
-Task = Literal["sft", "generate", "grpo", "dpo", "ppo"]
+Task = Literal["sft", "generate", "mixed", "grpo", "dpo", "ppo"]
 TASKS: tuple[Task, ...] = typing.get_args(Task)
 PEERS: dict[Task, dict[str, str]] = {  # task -> script -> variable that names its interpreter
   "sft": {
@@ -38,6 +38,7 @@ PEERS: dict[Task, dict[str, str]] = {  # task -> script -> variable that names i
     "transformers_generate.py": "PT_JAX_TRL_PYTHON",
     "tunix_generate.py": "PT_JAX_TUNIX_PYTHON",
   },
+  "mixed": {"transformers_mixed.py": "PT_JAX_TRL_PYTHON"},
   "grpo": {"trl_grpo.py": "PT_JAX_TRL_PYTHON", "tunix_grpo.py": "PT_JAX_TUNIX_PYTHON"},
   "dpo": {"trl_dpo.py": "PT_JAX_TRL_PYTHON"},
   "ppo": {},  # TRL 1.16 has none

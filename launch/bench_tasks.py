@@ -104,6 +104,26 @@ def _generate() -> Callable[[int], int]:
   return once
 
 
+def _mixed() -> Callable[[int], int]:
+  """Requests of unlike lengths, all at once."""
+  config, _, state = _start()
+  spec, rng = SPEC["mixed"], np.random.default_rng(0)
+  prompts = [rng.integers(0, config.vocab_size, k).tolist() for k in spec["prompts"]]
+  length = max(map(sum, zip(spec["prompts"], spec["new_tokens"])))
+  engine = Engine(config, state.params, slots=len(prompts), max_length=length)
+
+  def once(i: int) -> int:
+    engine.update(state.params, i)  # no prefix is left of the timing before
+    for prompt, count in zip(prompts, spec["new_tokens"]):
+      engine.submit(prompt, SamplingParams(max_tokens=count), key=jax.random.key(i))
+    tokens = 0
+    while engine.unfinished:
+      tokens += sum(len(output.tokens) for output in engine.step())
+    return tokens
+
+  return once
+
+
 def _even(completion: Completion) -> float:
   """A reward that varies: the share of even characters."""
   return sum(ord(c) % 2 == 0 for c in completion.text) / max(len(completion.text), 1)
@@ -249,6 +269,7 @@ def _ppo() -> Callable[[int], int]:
 STARTS: dict[str, Callable[[], Callable[[int], int]]] = {
   "sft": _sft,
   "generate": _generate,
+  "mixed": _mixed,
   "grpo": _grpo,
   "dpo": _dpo,
   "ppo": _ppo,

@@ -6,14 +6,16 @@ parameter tree is an `Array` today; a typed leaf (quantised, low-rank) is a pytr
 `project` and `gather` learn of here, and no model changes.
 """
 
+import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from kernels import varying
 from pt_jax import sharding
 from pt_jax.sharding import Axes, Rules
 
@@ -100,6 +102,93 @@ def reshard(params: Params, table: Table, rules: Rules) -> Params:
   return map_table(lambda row, w: jax.reshard(w, rules.spec(*row.axes)), table, params)
 
 
+def gather(params: Params, table: Table, rules: Rules, dtype: jnp.dtype) -> Params:
+  """Every parameter where `rules` want it for a product, in `dtype` where that takes a transfer.
+
+  Where a parameter is split over more mesh axes than `rules` say, its gradient is summed and split
+  in one reduce-scatter. (What a reshard's transpose becomes is left to XLA, on TPU an all-reduce
+  for every axis that is the last of its array: see docs/results.md.)
+  """
+
+  def leaf(row: Param, w: jax.Array) -> jax.Array:
+    stored, used = jax.typeof(w).sharding.spec, rules.spec(*row.axes)
+    split = [i for i, (a, b) in enumerate(zip(stored, used)) if a != b]
+    if len(split) != 1 or used[split[0]] is not None:
+      return jax.reshard(w, used)
+    summed = frozenset(_names(rules.spec("batch", "seq")))
+    return _gather(w.astype(dtype), split[0], tuple(stored), tuple(used), summed)
+
+  return map_table(leaf, table, params)
+
+
+def _names(parts: Iterable[Any]) -> list[str]:
+  """The mesh axes in parts of a PartitionSpec."""
+  return [n for part in parts if part for n in ((part,) if isinstance(part, str) else part)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(
+  w: jax.Array,
+  axis: int,
+  stored: tuple[Any, ...],
+  used: tuple[Any, ...],
+  summed: frozenset[str],
+) -> jax.Array:
+  """w, split as `stored` says, whole along `axis`. The type of the result says that it is the same
+  on the mesh axes of `summed`, and that its gradient is still to be summed over them."""
+  return jax.reshard(w, jax.P(*used, reduced=summed))
+
+
+def _gather_forward(w, axis, stored, used, summed):
+  return _gather(w, axis, stored, used, summed), None
+
+
+def _gather_backward(axis, stored, used, summed, _, g):
+  """The sum over the mesh axes, split along `axis`: moved to the front, where TPUs scatter."""
+  scattered = _names([stored[axis]])
+  others = tuple(sorted(summed.difference(scattered)))
+
+  def scatter(g: jax.Array) -> jax.Array:
+    g = jnp.moveaxis(g, axis, 0)
+    g = jax.lax.psum_scatter(g, tuple(scattered), scatter_dimension=0, tiled=True)
+    g = jnp.moveaxis(g, 0, axis)
+    return jax.lax.psum(g, others) if others else g
+
+  partial = jax.P(*used, unreduced=summed)
+  return (jax.shard_map(scatter, in_specs=partial, out_specs=jax.P(*stored))(g),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def whole(w: jax.Array, stored: jax.P, dtype: jnp.dtype) -> jax.Array:
+  """The part [V/t, D/z] of a matrix that a device stores -> [V/t, D]; inside `jax.shard_map`.
+
+  What `gather` does elsewhere: gradients are summed and scattered at once.
+
+  Args:
+    w: the part.
+    stored: where the matrix [V, D] lives.
+    dtype: of the result, where that takes a transfer.
+  """
+  names = tuple(_names(stored[1:]))
+  return jax.lax.all_gather(w.astype(dtype), names, axis=1, tiled=True) if names else w
+
+
+def _whole_forward(w, stored, dtype):
+  return whole(w, stored, dtype), w
+
+
+def _whole_backward(stored, dtype, w, g):
+  if names := tuple(_names(stored[1:])):
+    g = jax.lax.psum_scatter(g.T, names, scatter_dimension=0, tiled=True).T
+  return (varying.like(g, w),)
+
+
+whole.defvjp(_whole_forward, _whole_backward)
+
+
 def project(
   x: jax.Array,
   weight: jax.Array,
@@ -127,7 +216,8 @@ def project(
   if given[:2] != "bs" or letters[:inputs] != given[2:] or result != "bs" + letters[inputs:]:
     raise ValueError(f"project: expected an equation like 'bsd,dhk->bshk', found {equation!r}")
   weight = weight.astype(x.dtype)
-  if jax.typeof(x).sharding.spec[1] is not None:
+  split = jax.typeof(x).sharding.spec[1] is not None
+  if split or jax.typeof(weight).sharding.spec.reduced:  # JAX 0.10 does not reshape the latter
     return jnp.einsum(equation, x, weight, out_sharding=out_sharding)
   kept = weight.shape[inputs:]
   matrix = _merge(_merge(weight, 0, inputs), 1, len(kept))

@@ -62,8 +62,8 @@ def compiled(job: compiler.Job, dumps: Path | None) -> dict[str, Any]:
     here = jax.sharding.SingleDeviceSharding(device)
     on_device = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
     program = jax.jit(function).lower(*jax.tree.map(on_device, arguments)).compile()
-  memory, text = program.memory_analysis(), program.as_text()
-  assert memory is not None and text is not None  # libtpu gives both
+  memory = program.memory_analysis()
+  assert memory is not None  # libtpu gives it
   result: dict[str, Any] = {
     "seconds": time.perf_counter() - begin,
     "arguments": memory.argument_size_in_bytes,
@@ -71,6 +71,8 @@ def compiled(job: compiler.Job, dumps: Path | None) -> dict[str, Any]:
     "temporary": memory.temp_size_in_bytes,
   }
   if dumps is not None:
+    text = program.as_text()  # fails for some kernels on tpu7x: this jaxlib's HLO lags libtpu's
+    assert text is not None
     result |= schedules(text, case, dumps)
     for path in dumps.iterdir():  # hundreds of megabytes for a large kernel
       shutil.rmtree(path) if path.is_dir() else path.unlink()

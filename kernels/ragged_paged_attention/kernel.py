@@ -65,15 +65,17 @@ def run_step(r: Refs, index: jax.Array, step: Step, size: Class, static: Kernel)
   def _(j):
     slot = r.slot[0]
     final = j == step.last
-    fetch = functools.partial(copies.tile_of_keys, r, sizes=sizes, start=True)
-    pl.when(~final)(lambda: fetch(step, j + 1, 1 - slot))
-    pl.when(final & more & early)(lambda: fetch(after, after.first, 1 - slot))
+    coming = Step(*(jnp.where(final, a, b) for a, b in zip(after, step)))
+    fetch = lambda: copies.tile_of_keys(
+      r, coming, jnp.where(final, after.first, j + 1), 1 - slot, sizes, start=True
+    )
+    pl.when(~final | (more & early))(fetch)
     copies.tile_of_keys(r, step, j, slot, sizes, start=False)
     pl.when(j >= written)(lambda: copies.insert(r, step, j, slot, sizes))
     pl.when(final)(lambda: copies.clear(r, step, j, slot, sizes))
     use_tile(r, parity, step, j, slot, size, static)
     pl.when(final)(lambda: copies.written_out(r, step, sizes))
-    pl.when(final & more & ~early)(lambda: fetch(after, after.first, 1 - slot))
+    pl.when(final & more & ~early)(fetch)
     r.slot[0] = 1 - slot
 
   pl.when(index > 0)(

@@ -48,6 +48,8 @@ def attention(
 ) -> tuple[jax.Array, ...]:
   """`reference.attention` in one Pallas kernel; donate the pages, they are written in place.
 
+  The page table lies in scalar memory, 4 bytes an entry: larger pages make it smaller.
+
   Args:
     tiles: how the work is cut; None takes what `kernels.tiles` has.
     chip: a name of `kernels.chip.CHIPS`.

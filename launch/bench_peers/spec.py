@@ -5,8 +5,8 @@ them runs in the environment of its peer, imports nothing of pt_jax, and prints 
 (below). TRL 1.16 has no PPO trainer and Tunix's is not measured, so ours stands alone.
 
   peer, task     what was measured
-  seconds        one entry a timing; each covers `steps` steps (sft, dpo), one batch (generate), or
-                 one whole step from prompts to updated weights (grpo, ppo)
+  seconds        one entry a timing; each covers `steps` steps (sft, dpo), one batch (generate,
+                 mixed), or one whole step from prompts to updated weights (grpo, ppo)
   tokens         tokens that a timing covers: those of the rows (sft, dpo), new ones (the others)
   settings       the peer's settings that matter, and its versions
 
@@ -15,8 +15,8 @@ second busy process on the same cores makes its figures ten times worse (seen: 1
 
 The peers' scripts, and the variable that names an interpreter which has them:
 
-  PT_JAX_TRL_PYTHON    trl_sft.py, transformers_sft.py, transformers_generate.py, trl_grpo.py,
-                       trl_dpo.py
+  PT_JAX_TRL_PYTHON    trl_sft.py, transformers_sft.py, transformers_generate.py,
+                       transformers_mixed.py, trl_grpo.py, trl_dpo.py
   PT_JAX_TUNIX_PYTHON  tunix_sft.py, tunix_generate.py, tunix_grpo.py
 """
 
@@ -34,6 +34,12 @@ SPEC = {
   },
   "sft": {"batch": 16, "length": 256, "steps": 2},
   "generate": {"batch": 64, "prompt": 32, "new_tokens": 96},
+  # Requests of unlike lengths at once: prompts of 16 to 128 tokens, 16 to 256 new ones spread
+  # evenly on a logarithmic scale, in an order that mixes both.
+  "mixed": {
+    "prompts": [16 + 37 * i % 113 for i in range(64)],
+    "new_tokens": [round(16 * 16 ** (29 * i % 64 / 63)) for i in range(64)],
+  },
   "grpo": {"prompts": 8, "samples": 8, "prompt": 32, "new_tokens": 96},
   # Pairs whose completions have one length; the reference's log-probs are computed in the step.
   "dpo": {"pairs": 16, "prompt": 32, "completion": 96, "steps": 2, "beta": 0.1},

@@ -39,6 +39,7 @@ from pt_jax.loops.rollouts import (
   Packed,
   concatenate,
   cut,
+  engine_metrics,
   generate_and_judge,
   pack_rollouts,
   rollout_metrics,
@@ -159,6 +160,7 @@ class _Loop:
   def step(self, step: int, progress: Progress) -> None:
     """Samples, judges, updates; logs what the step before measured."""
     started, before = time.perf_counter(), self.tokens
+    engine = self.engine.figures.copy()
     judged, figures = self._rollouts(step)
     sampled = time.perf_counter()
     self._flush(progress)
@@ -168,6 +170,7 @@ class _Loop:
       "rollout/tokens": float(self.tokens),
       "perf/rollout_tokens_per_second": (self.tokens - before) / (sampled - started),
       "perf/rollout_seconds": sampled - started,
+      **engine_metrics(self.engine, engine),
     }
     self._sample(step + 1, judged)
     done, stage = step + 1, self.stage

@@ -30,7 +30,13 @@ from pt_jax.loops.offline import due
 from pt_jax.loops.online import HISTOGRAMS_EVERY
 from pt_jax.loops.progress import Progress
 from pt_jax.loops.prompts import Prompts
-from pt_jax.loops.rollouts import Judged, concatenate, generate_and_judge, rollout_metrics
+from pt_jax.loops.rollouts import (
+  Judged,
+  concatenate,
+  engine_metrics,
+  generate_and_judge,
+  rollout_metrics,
+)
 from pt_jax.losses.mismatch import logprob_gap
 from pt_jax.metrics import check_finite
 from pt_jax.rewards import judges
@@ -143,6 +149,7 @@ class _Loop:
   def step(self, step: int, progress: Progress) -> None:
     """Samples, scores, compares, updates; logs what the step before measured."""
     stage, started = self.stage, time.perf_counter()
+    engine = self.engine.figures.copy()
     (judged, scores), drawn = self._rollouts(step)
     self._flush(progress)
     seconds = time.perf_counter() - started
@@ -151,6 +158,7 @@ class _Loop:
     figures["rollout/staleness"] = step - self.version
     figures["perf/rollout_tokens_per_second"] = sum(c.tokens for c in judged.completions) / seconds
     figures["perf/rollout_seconds"] = seconds
+    figures |= engine_metrics(self.engine, engine)
     self.context.stage.samples(step + 1, compared.rows)
     if step % HISTOGRAMS_EVERY == 0:
       self.context.stage.histogram(step + 1, "score", scores)

@@ -16,6 +16,7 @@ from pt_jax.losses.credit import Credit
 from pt_jax.rewards.stack import Rewards, RewardStack
 from pt_jax.rewards.verifiers import Completion
 from pt_jax.rollout.engine import Engine
+from pt_jax.rollout.figures import EngineFigures
 from pt_jax.rollout.rollouts import Rollouts, SamplingParams, StopReason
 
 CORRECT = "correct"  # the reward component that pass@1 is the mean of
@@ -202,6 +203,11 @@ def rollout_metrics(judged: Judged) -> dict[str, float]:
   for reason in StopReason:
     metrics[f"stop/{reason.name.lower()}"] = float(np.mean(judged.rollouts.stop == reason))
   return metrics
+
+
+def engine_metrics(engine: Engine, before: EngineFigures) -> dict[str, float]:
+  """What the engine has done since `before`, see `EngineFigures.since`."""
+  return {f"perf/engine_{name}": x for name, x in engine.figures.since(before).items()}
 
 
 def cut(judged: Judged) -> np.ndarray:

@@ -122,18 +122,21 @@ def block(
 
 
 def embed(table_vd: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Rows of the embedding table: tokens [B, S] -> [B, S, D]. Every shard of the vocabulary looks up
-  what it owns, and the rest is zero until the sum."""
+  """Rows of the embedding table, from where it is stored: tokens [B, S] -> [B, S, D]. Every shard
+  of the vocabulary looks up what it owns, and the rest is zero until the sum."""
+  table_vd = _split_vocabulary(table_vd)
+  stored = jax.typeof(table_vd).sharding.spec
 
   def local(rows: jax.Array, ids: jax.Array) -> jax.Array:
+    rows = weights.whole(rows, stored, dtype).astype(dtype)
     ids = ids - jax.lax.axis_index("tensor") * rows.shape[0]
     mine = (ids >= 0) & (ids < rows.shape[0])
-    found = rows.astype(dtype)[jnp.clip(ids, 0, rows.shape[0] - 1)]
+    found = rows[jnp.clip(ids, 0, rows.shape[0] - 1)]
     return jax.lax.psum(jnp.where(mine[..., None], found, 0), "tensor")
 
-  specs = (USE.spec("vocab", "embed"), USE.spec("batch", "seq"))
   out = USE.spec("batch", "seq", "embed")
-  return jax.shard_map(local, in_specs=specs, out_specs=out)(table_vd, tokens)
+  mapped = jax.shard_map(local, in_specs=(stored, USE.spec("batch", "seq")), out_specs=out)
+  return mapped(table_vd, tokens)
 
 
 def attend_packed(c: ModelConfig, segment_ids: jax.Array) -> Attend:
@@ -182,15 +185,13 @@ def forward(
     [B, S, D] in the compute dtype. `models.logprobs` turns them into log-probs.
   """
   rows = table(c)
-  x = embed(
-    weights.reshard(params["embed"], rows["embed"], USE), tokens, jnp.dtype(c.compute_dtype)
-  )
+  x = embed(params["embed"], tokens, jnp.dtype(c.compute_dtype))
   angles = rope_angles(rope_table(c, tokens.shape[1]), positions)
   attend = attend_packed(c, segment_ids)
   block_rows = weights.map_table(Param.unstack, rows["blocks"])
 
   def layer(x: jax.Array, w: Params) -> tuple[jax.Array, None]:
-    return block(x, weights.reshard(w, block_rows, USE), c, angles, attend)
+    return block(x, weights.gather(w, block_rows, USE, x.dtype), c, angles, attend)
 
   layer = remat.remember(layer, c.remat, prevent_cse=c.unroll)
   x, _ = jax.lax.scan(layer, x, params["blocks"], unroll=c.layers if c.unroll else 1)
@@ -198,9 +199,22 @@ def forward(
 
 
 def unembedding(params: Params, c: ModelConfig) -> jax.Array:
-  """The output matrix [V, D], gathered to where it is used."""
-  name = "embed" if c.tied_embeddings else "unembed"
-  return weights.reshard(params[name], table(c)[name], USE)
+  """The output matrix [V, D], gathered to where it is used: for many uses without a gradient."""
+  return weights.reshard(stored_unembedding(params, c), table(c)[_output(c)], USE)
+
+
+def stored_unembedding(params: Params, c: ModelConfig) -> jax.Array:
+  """The output matrix [V, D] where it is stored along D; `models.logprobs` gathers it."""
+  return _split_vocabulary(params[_output(c)])
+
+
+def _split_vocabulary(w: jax.Array) -> jax.Array:
+  """A matrix [V, D] with V where it is used. Parameters in a layout of `sharding.zero` are so."""
+  return jax.reshard(w, jax.P(USE.spec("vocab")[0], *jax.typeof(w).sharding.spec[1:]))
+
+
+def _output(c: ModelConfig) -> str:
+  return "embed" if c.tied_embeddings else "unembed"
 
 
 def init(key: jax.Array, c: ModelConfig, rules: Rules) -> Params:

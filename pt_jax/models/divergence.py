@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from kernels import varying
 from kernels.linear_logprob import chunks
+from pt_jax import weights
 from pt_jax.models import vocabulary
 from pt_jax.models.vocabulary import TENSOR
 from pt_jax.sharding import USE
@@ -59,12 +60,17 @@ def kl_divergence(
 
   def local(h: jax.Array, w: jax.Array, ref_h: jax.Array, ref_w: jax.Array) -> jax.Array:
     flat, ref_flat = (x.reshape(-1, x.shape[-1]) for x in (h, ref_h))
+    w, ref_w = (
+      weights.whole(matrix, spec, x.dtype)
+      for matrix, x, spec in ((w, h, stored), (ref_w, ref_h, ref_stored))
+    )
     size = chunks.divisor(w.shape[0], chunk)
     return _divergence(flat, w, ref_flat, ref_w, temperature, size, direction).reshape(h.shape[:2])
 
-  states, matrix = USE.spec("batch", "seq", "embed"), USE.spec("vocab", "embed")
+  states = USE.spec("batch", "seq", "embed")
+  stored, ref_stored = (jax.typeof(m).sharding.spec for m in (unembedding, reference_unembedding))
   mapped = jax.shard_map(
-    local, in_specs=(states, matrix, states, matrix), out_specs=USE.spec("batch", "seq")
+    local, in_specs=(states, stored, states, ref_stored), out_specs=USE.spec("batch", "seq")
   )
   return mapped(hidden, unembedding, reference_hidden, reference_unembedding)
 

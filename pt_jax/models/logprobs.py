@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels.linear_logprob import linear_logprob
+from pt_jax import weights
 from pt_jax.models import vocabulary
 from pt_jax.models.vocabulary import TENSOR
-from pt_jax.sharding import USE
+from pt_jax.sharding import USE, chip
 
 
 @flax.struct.dataclass
@@ -36,25 +37,29 @@ def token_statistics(
 
   Args:
     hidden: [B, S, D].
-    unembedding: [V, D], split over `tensor` along V.
+    unembedding: [V, D], split over `tensor` along V, wherever it is stored along D.
     labels: [B, S] int32, the tokens whose log-prob is wanted.
     temperature: divides the logits.
-    chunk: logits held at once per position and device; rounded down to a divisor of the shard.
+    chunk: logits held at once per position and device where there is no TPU; rounded down to a
+      divisor of the shard.
   """
+
+  here = chip()
 
   def local(h: jax.Array, w: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
     out = linear_logprob(
       h.reshape(-1, h.shape[-1]),
-      w,
+      weights.whole(w, stored, h.dtype),
       ids.reshape(-1),
       temperature=temperature,
       axis_name=TENSOR,
       chunk=chunk,
+      chip=here,
     )
     return tuple(x.reshape(ids.shape) for x in out)
 
-  row = USE.spec("batch", "seq")
-  specs = (USE.spec("batch", "seq", "embed"), USE.spec("vocab", "embed"), row)
+  row, stored = USE.spec("batch", "seq"), jax.typeof(unembedding).sharding.spec
+  specs = (USE.spec("batch", "seq", "embed"), stored, row)
   out = jax.shard_map(local, in_specs=specs, out_specs=(row,) * 4)(hidden, unembedding, labels)
   return TokenStatistics(*out)
 
@@ -84,6 +89,6 @@ def next_token_mean_logit(
   Minus `next_token_statistics`' logsumexp it is the mean over the vocabulary of log p, which label
   smoothing needs: hidden times the mean row of the output matrix, one row for all V of them.
   """
-  row = unembedding.astype(jnp.float32).mean(0)
+  row = jax.reshard(unembedding.astype(jnp.float32).mean(0), jax.P(None))
   mean = jnp.einsum("bsd,d->bs", hidden.astype(jnp.float32), row) / temperature
   return vocabulary.at_next_token(mean)

@@ -1,7 +1,9 @@
 """Compiles the programs of a stage for a slice and measures them."""
 
 import dataclasses
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -74,7 +76,7 @@ def measure(program: Program, piece: Slice, mesh: jax.sharding.Mesh) -> Measured
   lowered = program.lower()
   usable = piece.chip.usable_hbm
   try:
-    compiled: Any = lowered.compile()
+    compiled, text = _compiled(lowered)
   except jax.errors.JaxRuntimeError as error:
     refusal = memory.refused(program, str(error), usable)
     if refusal is None:
@@ -82,7 +84,17 @@ def measure(program: Program, piece: Slice, mesh: jax.sharding.Mesh) -> Measured
     return Measured(program, refusal, time.perf_counter() - start, None)
   seconds = time.perf_counter() - start
   held = memory.measure(program, compiled, usable)
-  return Measured(program, held, seconds, analyse(compiled.as_text(), program, piece, mesh))
+  return Measured(program, held, seconds, analyse(text, program, piece, mesh))
+
+
+def _compiled(lowered: Any) -> tuple[Any, str]:
+  """The executable and its scheduled HLO, as libtpu writes it: what JAX is handed, it cannot always
+  print (jaxlib 0.10.2 stops at an async-update of several operands)."""
+  with tempfile.TemporaryDirectory() as folder:
+    dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    compiled = lowered.compile(compiler_options=dump)
+    (path,) = Path(folder).glob("*.after_optimizations.txt")
+    return compiled, path.read_text()
 
 
 def analyse(text: str, program: Program, piece: Slice, mesh: jax.sharding.Mesh) -> Analysis:

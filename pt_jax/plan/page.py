@@ -90,6 +90,8 @@ def _time(one: Measured, xla: Analysis, plan: Plan) -> list[str]:
     ("ICI", seconds(r.ici), f"{seconds(r.exposed)} of it with nothing beside"),
   ]
   lines = ["  time at the published peaks", *columns(rows)]
+  if any(kernel.cost is None for kernel in xla.kernels):
+    return [*lines, "    no bound: the time of the kernels, which state no cost, is not in it"]
   for name, time in (("roofline", r.seconds), ("in order", r.in_order)):
     rate = one.program.tokens / chips / time
     what = f"bound by {r.binding}" if name == "roofline" else "no two operations at a time"

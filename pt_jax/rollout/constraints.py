@@ -9,9 +9,10 @@ Stop tokens are allowed where the text is complete, and nothing else where it ca
 completion that ends by a stop token has the form. One that ends by `max_tokens` is the beginning of
 one.
 
-The matching is llguidance's (derivatives of regular expressions, an Earley parser above them): a mask
-is computed when it is needed, not looked up in a table of all states times V. Left out: look-around
-and backreferences in expressions, and keywords of JSON schema that it lacks; both are errors.
+The matching is llguidance's (derivatives of regular expressions, an Earley parser above them): a
+mask is computed when it is needed, not looked up in a table of all states times V. Left out:
+look-around and backreferences in expressions, and keywords of JSON schema that it lacks; both are
+errors.
 
 V vocabulary, N sequences, W = ceil(V / 32) words.
 """
@@ -29,7 +30,7 @@ import numpy as np
 
 from pt_jax.data.tokenizers import Tokenizer
 
-LONGEST = 65_536  # characters of an expression or schema
+LONGEST = 16_384  # characters of an expression or schema
 COMPILED = 64  # forms that are kept
 # Where the next bytes are certain the library would allow their most usual token only.
 EXACT = '%llguidance {"no_forcing": true}'

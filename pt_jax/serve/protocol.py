@@ -256,7 +256,10 @@ def _sampling(
   given: dict[str, Any], served: Served, max_tokens: int, logprobs: int | None
 ) -> SamplingParams:
   stop = given.get("stop", [])
-  constraint = _constraint(given)
+  try:
+    constraint = _constraint(given)
+  except ValueError as error:
+    raise invalid("regex" if "regex" in given else "response_format", str(error)) from error
   if constraint is not None:
     served.check(constraint)
   return SamplingParams(
@@ -285,8 +288,10 @@ def _constraint(given: dict[str, Any]) -> Constraint | None:
   if kind == "json_object":
     return json_schema({"type": "object"})
   schema = form.get("json_schema")
-  if kind == "json_schema" and isinstance(schema, dict) and "schema" in schema:
-    return json_schema(schema["schema"])
+  if kind == "json_schema" and isinstance(schema, dict):
+    form_of = schema.get("schema")
+    if isinstance(form_of, dict | bool):
+      return json_schema(form_of)
   raise invalid(
     "response_format",
     "response_format: expected type text, json_object, or json_schema with json_schema.schema, "

@@ -8,6 +8,7 @@ server with them.
 import asyncio
 import collections
 import dataclasses
+import gc
 import logging
 import queue
 import secrets
@@ -24,6 +25,7 @@ from pt_jax.serve.metrics import Metrics
 from pt_jax.serve.score import Scorer, Scores
 
 log = logging.getLogger("pt_jax.serve")
+COLLECT = 10.0  # seconds between collections of garbage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +225,15 @@ class Worker:
       with jax.set_mesh(self._mesh):
         engine, scorer = self._make()
         running = _Running(engine, scorer)
+        gc.freeze()  # what is there now stays, and need not be looked at again
+        collected = time.monotonic()
         self._ready.set()
         while running.take(self._inbox):
+          # Requests are cycles. Python looks for cycles when a quarter of all objects is new, and
+          # JAX has so many that tens of MiB of requests would come together.
+          if time.monotonic() - collected > COLLECT:
+            gc.collect()
+            collected = time.monotonic()
           events = running.step()
           self._call(self._receive, events, running.figures())
     except BaseException as error:

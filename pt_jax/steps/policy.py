@@ -37,7 +37,7 @@ def statistics_of(
   """Log-prob, entropy and top-1 [B, S] of all tokens of a batch, from its hidden states."""
   return next_token_statistics(
     hidden,
-    decoder.unembedding(params, config),
+    decoder.stored_unembedding(params, config),
     batch.tokens,
     temperature=temperature,
     chunk=config.vocab_chunk,
@@ -230,9 +230,9 @@ def _exact_kl(
   frozen = jax.lax.stop_gradient(reference)
   return next_token_kl(
     hidden,
-    decoder.unembedding(params, config),
+    decoder.stored_unembedding(params, config),
     jax.lax.stop_gradient(hidden_states(frozen, batch, config)),
-    decoder.unembedding(frozen, config),
+    decoder.stored_unembedding(frozen, config),
     temperature=temperature,
     chunk=config.vocab_chunk,
   )

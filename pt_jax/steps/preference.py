@@ -60,7 +60,7 @@ def completion_logprobs(
   """Log-probs [B, S] of the tokens in the mask, 0 elsewhere; batch leaves are [B, S]."""
   hidden = decoder.forward(params, config, batch.tokens, batch.positions, batch.segment_ids)
   stats = next_token_statistics(
-    hidden, decoder.unembedding(params, config), batch.tokens, chunk=config.vocab_chunk
+    hidden, decoder.stored_unembedding(params, config), batch.tokens, chunk=config.vocab_chunk
   )
   return jnp.where(batch.mask > 0, stats.logprobs, 0)
 

@@ -45,7 +45,7 @@ def sft_loss(
     ValueError: when the objective has a reference and none is given.
   """
   hidden = decoder.forward(params, config, batch.tokens, batch.positions, batch.segment_ids)
-  unembedding = decoder.unembedding(params, config)
+  unembedding = decoder.stored_unembedding(params, config)
   stats = next_token_statistics(hidden, unembedding, batch.tokens, chunk=config.vocab_chunk)
   mean_logprobs = None
   if objective.label_smoothing:
@@ -83,7 +83,7 @@ def _beside(
   """What the objective reads of the reference: its log-probs of the targets, the exact KL."""
   reference = jax.lax.stop_gradient(reference)
   other = decoder.forward(reference, config, batch.tokens, batch.positions, batch.segment_ids)
-  matrix, chunk = decoder.unembedding(reference, config), config.vocab_chunk
+  matrix, chunk = decoder.stored_unembedding(reference, config), config.vocab_chunk
   logprobs, kl = None, None
   if objective.needs_reference_logprobs:
     logprobs = next_token_statistics(other, matrix, batch.tokens, chunk=chunk).logprobs

@@ -1,4 +1,4 @@
-"""The contract of ragged paged attention against a plain loop."""
+"""The contract of ragged paged attention, and what runs without a TPU, against a plain loop."""
 
 import dataclasses
 
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.ragged_paged_attention import pages, ragged_paged_attention
+from kernels.flash_attention import reference as flash
+from kernels.ragged_paged_attention import pages, ragged_paged_attention, reference
 from kernels.ragged_paged_attention.shapes import Shape
 from tests.kernels.paged_cases import launch, numpy_attention
 
@@ -30,19 +31,18 @@ CASES = {
 }
 
 
-def run(given, options, **more):
+def run(form, given, options, **more):
   arrays = {name: x for name, x in options.items() if isinstance(x, np.ndarray)}
   rest = {name: x for name, x in options.items() if name not in arrays} | more
-  return jax.jit(lambda given, arrays: ragged_paged_attention(*given, **arrays, **rest))(
-    given, arrays
-  )
+  return jax.jit(lambda given, arrays: form(*given, **arrays, **rest))(given, arrays)
 
 
+@pytest.mark.parametrize("form", [reference.attention, ragged_paged_attention])
 @pytest.mark.parametrize("name", CASES)
-def test_reference_is_the_plain_loop(name):
+def test_is_the_plain_loop(name, form):
   shape = dataclasses.replace(PLAIN, **CASES[name])
   given, options = launch(shape)
-  out, kept, lse = run(given, options, return_lse=True)
+  out, kept, lse = run(form, given, options, return_lse=True)
   want, want_kept, want_lse = numpy_attention(*given, **options)
   np.testing.assert_array_equal(np.asarray(kept, np.float32), want_kept)  # NaN where it was, too
   np.testing.assert_allclose(out, want, atol=2e-5)
@@ -62,6 +62,43 @@ def test_what_is_stored_in_8_bits():
 def test_rows_fit_the_lanes():
   assert [pages.row_width(k, k) for k in (8, 64, 80, 128, 256)] == [16, 128, 256, 256, 512]
   assert pages.row_width(192, 128) == 384 and pages.value_offset(192, 128) == 256
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_prompt_in_chunks_is_a_packed_row(window):
+  """Two prompts, chunk by chunk and then token by token, give what the trainer's attention gives
+  for a row that holds them both."""
+  lengths, heads, groups, width, size = (23, 18), 4, 2, 16, 8
+  rng = np.random.default_rng(0)
+  q = rng.normal(size=(2, 23, heads, width)).astype(np.float32)
+  k, v = rng.normal(size=(2, 2, 23, groups, width)).astype(np.float32)
+  packed = [np.concatenate([x[0], x[1, : lengths[1]]])[None] for x in (q, k, v)]
+  segments = jnp.asarray([[0] * 23 + [1] * 18])
+  sinks = rng.normal(size=heads).astype(np.float32)
+  features = {"scale": width**-0.5, "window": window, "sinks": sinks, "soft_cap": 2.0}
+  want, want_lse = flash.attention(
+    *packed, q_segments=segments, k_segments=segments, return_lse=True, **features
+  )
+  kept = pages.empty_pages(6, size, groups, width, width, jnp.float32)
+  table = np.asarray([[5, 0, 3], [1, 4, 2]], np.int32)
+  step = jax.jit(lambda *x, **o: ragged_paged_attention(*x, **o, **features, return_lse=True))
+  done, rows, lses = [0, 0], ([], []), ([], [])
+  while done != list(lengths):
+    take = [min(9 if at < 9 else 1, length - at) for at, length in zip(done, lengths)]
+    starts = np.cumsum([0, *take]).astype(np.int32)
+    new = [
+      np.concatenate([x[i, a : a + n] for i, (a, n) in enumerate(zip(done, take))])
+      for x in (q, k, v)
+    ]
+    new = [np.pad(x, ((0, 18 - len(x)), (0, 0), (0, 0))) for x in new]
+    done = [a + n for a, n in zip(done, take)]
+    lengths_now = np.asarray(done, np.int32)
+    out, kept, lse = step(*new, kept, kv_lengths=lengths_now, q_starts=starts, page_table=table)
+    for i in range(2):
+      rows[i].append(out[starts[i] : starts[i + 1]])
+      lses[i].append(lse[starts[i] : starts[i + 1]])
+  np.testing.assert_allclose(np.concatenate(rows[0] + rows[1]), want[0], atol=1e-5)
+  np.testing.assert_allclose(np.concatenate(lses[0] + lses[1]), want_lse[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_forms_that_cannot_be_compiled(grammars, constraint, message):
 def test_what_else_is_refused(grammars):
   with pytest.raises(ValueError, match="expected stop tokens below 300, found"):
     grammars.matcher(regex("a"), [])
-  with pytest.raises(ValueError, match="expected 1 to 65536 characters of regex, found 0"):
+  with pytest.raises(ValueError, match="expected 1 to 16384 characters of regex, found 0"):
     regex("")
   with pytest.raises(ValueError, match="kind: expected regex or json_schema, found 'lark'"):
     Constraint("lark", "x")

@@ -1,4 +1,4 @@
-"""Pages and the scheduler under random operations: none leaked, freed twice or read by a stranger."""
+"""Pages and the scheduler under random operations: none leaked, freed twice, read by a stranger."""
 
 import collections
 
@@ -67,7 +67,7 @@ def test_a_digest_is_of_all_that_stands_before():
 
 
 class Machine(RuleBasedStateMachine):
-  """The scheduler, driven as the engine does; `content` is what a device would have in its pages."""
+  """The scheduler, driven as the engine does; `content` is what pages of a device would hold."""
 
   def __init__(self):
     super().__init__()

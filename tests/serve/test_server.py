@@ -310,6 +310,10 @@ TOOL = {"type": "function", "function": {"name": "f"}}
     (CHAT, {"messages": MESSAGES, "response_format": {"type": "xml"}}, 400, "response_format",
      "json_schema with json_schema.schema"),
     (CHAT, {"messages": MESSAGES, "response_format": {
+      "type": "json_schema", "json_schema": {"schema": [1]}}}, 400, "response_format",
+     "json_schema with json_schema.schema"),
+    (COMPLETIONS, {"prompt": "x", "regex": "(ab|c)" * 3000}, 400, "regex", "expected 1 to"),
+    (CHAT, {"messages": MESSAGES, "response_format": {
       "type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}}, 400,
      "response_format", "Invalid type: nope"),
   ],

@@ -6,16 +6,17 @@ python ask_openai.py http://127.0.0.1:PORT/v1 MODEL
 import asyncio
 import json
 import sys
+import typing
 
 import openai
 import pydantic
 
 
 class Point(pydantic.BaseModel):
-  """What `parse` is asked for."""
+  """What `parse` is asked for; a model without manners would write a number for ever."""
 
   ok: bool
-  n: int
+  n: typing.Literal[1, 2, 30]
 
 
 def main(url: str, model: str) -> None:
@@ -42,9 +43,7 @@ def main(url: str, model: str) -> None:
     pieces += [c.delta.content or "" for c in chunk.choices]
     usage = chunk.usage or usage
   out["chat_stream"], out["chat_usage"] = "".join(pieces), usage.model_dump()
-  parsed = client.chat.completions.parse(
-    **chat | {"max_tokens": 60}, seed=1, temperature=0, response_format=Point
-  )
+  parsed = client.chat.completions.parse(**chat | {"max_tokens": 60}, seed=1, response_format=Point)
   out["parsed"] = parsed.choices[0].message.parsed.model_dump()
   form = client.completions.create(**text | {"max_tokens": 30}, extra_body={"regex": "(a|b){3,9}c"})
   out["regex"] = form.choices[0].text
