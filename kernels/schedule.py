@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = select(options.kernels, names)
     if options.write_budget:
       jobs = [job for job in jobs if job.module != PEERS and compiler.case_of(job).budget]
+      if not jobs:
+        raise ValueError("--write-budget: none of these cases has a budget")
     if reason := compiler.why_not():
       raise ValueError(reason)
   except ValueError as error:
