@@ -100,25 +100,6 @@ def jax_ragged(sequences: int, new: int, length: int, query_heads: int) -> Progr
   return program
 
 
-def jax_megablox(rows: int, inner: int, outer: int, experts: int) -> Program:
-  """`jax.experimental.pallas.ops.tpu.megablox.gmm`, tiles of 512 x 1024 x 1024."""
-
-  def program(_: str):
-    from jax.experimental.pallas.ops.tpu import megablox
-
-    arguments = (
-      jax.ShapeDtypeStruct((rows, inner), jnp.bfloat16),
-      jax.ShapeDtypeStruct((experts, inner, outer), jnp.bfloat16),
-      jax.ShapeDtypeStruct((experts,), jnp.int32),
-    )
-    multiply = lambda x, w, sizes: megablox.gmm(
-      x, w, sizes, preferred_element_type=jnp.bfloat16, tiling=(512, 1024, 1024)
-    )
-    return multiply, arguments
-
-  return program
-
-
 def xla_product(size: int) -> Program:
   """A bfloat16 product of two square matrices by XLA: what a schedule at its best looks like."""
   matrix = jax.ShapeDtypeStruct((size, size), jnp.bfloat16)

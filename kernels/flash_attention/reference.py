@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 MASKED = -1e30  # finite, so that a row that sees nothing has no NaN
+REMEMBERED = "attention"  # the name under which a rematerialisation policy finds output and lse
 
 
 @dataclasses.dataclass(frozen=True)

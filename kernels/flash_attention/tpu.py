@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels import attention_tile
-from kernels.flash_attention.reference import MASKED, Features
+from kernels.flash_attention.reference import MASKED, REMEMBERED, Features
 from kernels.flash_attention.tiles import Tiles
 from kernels.flash_attention.tpu_backward import Inputs, backward
 from kernels.flash_attention.tpu_forward import forward
@@ -96,6 +97,7 @@ def _forward(q, k, v, sinks, where, features, both):
   length, width = q.shape[1], v.shape[3]
   out = out[:, :, :width, :length].transpose(0, 3, 1, 2)
   lse = lse[:, :, 0, :length].transpose(0, 2, 1)
+  out, lse = (checkpoint_name(x, REMEMBERED) for x in (out, lse))
   return (out, lse), (q, k, v, sinks, where, out, lse)
 
 

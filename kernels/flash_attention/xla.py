@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from kernels.flash_attention.reference import MASKED, Features
+from kernels.flash_attention.reference import MASKED, REMEMBERED, Features
 
 # Two SFT steps of `launch.bench` on two CPU devices: 1.01 s in blocks of 32, 0.96 s in blocks of
 # 64, 1.07 s in blocks of 128. More than 8 blocks only lengthen the compilation.
@@ -135,6 +136,8 @@ def _forward(q, k, v, sinks, where, features, offset):
     log_sums.append(log_sum)
     lse.append(_heads(log_sum, length)[..., 0])
   out, lse = jnp.concatenate(out, axis=1), jnp.concatenate(lse, axis=1)
+  out = checkpoint_name(out, REMEMBERED)
+  log_sums = [checkpoint_name(x, REMEMBERED) for x in log_sums]
   return (out, lse), (q, k, v, sinks, where, out, log_sums)
 
 

@@ -50,6 +50,7 @@ def kernel(*refs, static: Kernel, names: tuple[str, ...]) -> None:
 
 
 def run_step(r: Refs, index: jax.Array, step: Step, size: Class, static: Kernel) -> None:
+  """One step: its queries over the tiles of keys, while the pages of the next tile or step come."""
   sizes = static.sizes
   parity = rem(index, 2)
   more = index + 1 < r.count[0]

@@ -82,6 +82,7 @@ class Layout:
 
 
 def up(x: int, multiple: int) -> int:
+  """The next multiple, x itself if it is one."""
   return -(-x // multiple) * multiple
 
 

@@ -82,6 +82,7 @@ class Kernel(NamedTuple):
 
 
 def describe(r: Refs, index: jax.Array, static: Kernel) -> Step:
+  """What step `index` does: its sequence, its rows, and the tiles of keys that it reads."""
   sizes, window = static.sizes, static.features.window
   sequence, row = r.step_sequence[index], r.step_row[index]
   q_end = r.q_starts[sequence + 1]
@@ -96,10 +97,12 @@ def describe(r: Refs, index: jax.Array, static: Kernel) -> Step:
 
 # Of numbers that are not negative. `//` and `%` ask JAX's default device which TPU it is.
 def div(x: jax.Array, n: int) -> jax.Array:
+  """x // n."""
   return jax.lax.div(x, jnp.int32(n))
 
 
 def rem(x: jax.Array, n: int) -> jax.Array:
+  """x % n."""
   return jax.lax.rem(x, jnp.full_like(x, n))
 
 

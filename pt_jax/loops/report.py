@@ -175,6 +175,7 @@ def _panels(picture: Picture, curves: Curves) -> Curves:
 
 
 def lines(axes: Axes, series: Mapping[str, Series]) -> None:
+  """Draws curves of (steps, values), a color each; one of few points with dots, one of many over its own noise."""
   if all(len(steps) == 1 for steps, _ in series.values()):
     at = np.concatenate([steps for steps, _ in series.values()])
     axes.set_xlim(at.min() - 1, at.max() + 1)
@@ -209,6 +210,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def frame(axes: Axes, x: str, y: str) -> None:
+  """Labels the axes and draws their grid."""
   axes.set_xlabel(x)
   axes.set_ylabel(y)
   axes.grid(color="#dddddd", linewidth=0.6)
@@ -279,5 +281,6 @@ def _sample(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_parts(path: Path, parts: Sequence[str]) -> Path:
+  """Writes the parts that say something, a blank line between them; returns the path."""
   path.write_text("\n\n".join(part for part in parts if part) + "\n")
   return path

@@ -16,10 +16,11 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels.flash_attention.reference import REMEMBERED as ATTENTION
 from pt_jax.models.config import Remat
 
-# The names of values in a block and in attention. The kernels name what they keep themselves.
-BLOCK_INPUT, ATTENTION, HEADS, MLP = "block_input", "attention", "heads", "mlp"
+# The names of values in a block; the kernel names what it keeps itself.
+BLOCK_INPUT, HEADS, MLP = "block_input", "heads", "mlp"
 KEPT: dict[str, tuple[str, ...]] = {
   "block": (),
   "attention": (ATTENTION,),

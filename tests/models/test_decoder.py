@@ -176,6 +176,30 @@ def test_how_blocks_are_run_changes_nothing(changes):
   assert_close(run(PACKED, dataclasses.replace(MODEL, **changes)), run(PACKED), 2e-6)
 
 
+def operations(jaxpr, name):
+  """How often a primitive stands in a program, its inner programs included."""
+  count = 0
+  for equation in jaxpr.eqns:
+    count += equation.primitive.name == name
+    for inner in jax.core.jaxprs_in_params(equation.params):
+      count += operations(inner, name)
+  return count
+
+
+def test_a_policy_keeps_what_it_says():
+  """What a policy keeps is not computed again: fewer products, and softmax's exponentials."""
+  batch, places = lay_out(PACKED)
+  counts = {}
+  for remat in ("none", "block", "attention", "heads", "projections"):
+    c = dataclasses.replace(MODEL, remat=remat)
+    loss = lambda w: jnp.sum(decoder.forward(w, c, *batch) * cotangents(places))  # noqa: B023
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params()).jaxpr
+    counts[remat] = [operations(jaxpr, name) for name in ("dot_general", "exp")]
+  products, exponentials = zip(*counts.values())
+  assert products[1] > products[2] > products[3] > products[4] >= products[0]
+  assert exponentials[1] > exponentials[2]
+
+
 def test_bfloat16_compute_is_near_float32():
   c = dataclasses.replace(MODEL, compute_dtype="bfloat16")
   (half, gradient), (full, full_gradient) = run(PACKED, c), run(PACKED)
