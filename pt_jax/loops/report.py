@@ -175,7 +175,7 @@ def _panels(picture: Picture, curves: Curves) -> Curves:
 
 
 def lines(axes: Axes, series: Mapping[str, Series]) -> None:
-  """Draws curves of (steps, values), a color each; one of few points with dots, one of many over its own noise."""
+  """Draws curves of (steps, values), a color each; those of few points with dots."""
   if all(len(steps) == 1 for steps, _ in series.values()):
     at = np.concatenate([steps for steps, _ in series.values()])
     axes.set_xlim(at.min() - 1, at.max() + 1)
