@@ -33,8 +33,8 @@ from pt_jax.weights import Params
 LAUNCH = 64  # tokens per sample and launch at most
 BETWEEN = 8  # tokens per sample and launch while prompts are being computed
 # A launch ends when one sample in REFILL has ended and others wait. Its view of the cache costs as
-# much as four steps: 384 completions of 35 tokens on two CPU devices in 64 slots took 0.77 s with 3,
-# 0.79 s with 4 and 1.06 s with 8.
+# much as four steps: 384 completions of 35 tokens, 64 slots on two CPU devices, took 0.75 s with 3,
+# 0.80 s with 4 and 1.06 s with 8.
 REFILL = 3
 PAGE = 32  # tokens of a page
 CHUNK = 512  # tokens of a prefill in each part of the batch axes
