@@ -18,34 +18,14 @@ from pt_jax.loops import online, preference, supervised
 from pt_jax.loops.context import abstract_created
 from pt_jax.models import decoder, hf
 from pt_jax.models.config import ModelConfig
-from pt_jax.plan import estimate
+from pt_jax.plan import engine, estimate
+from pt_jax.plan.program import Program
 from pt_jax.steps.preference import PreferenceUpdater
 from pt_jax.steps.state import TrainState, Updater
 from pt_jax.steps.supervised import RefreshedUpdater
 from pt_jax.weights import Params
 
 INTEGERS = ("tokens", "positions", "segment_ids", "group_ids")  # of a batch; the others are float32
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """A jitted function, and what it is called with."""
-
-  name: str
-  function: Any
-  args: tuple[Any, ...]
-  given: Mapping[str, Any]
-  held: Mapping[
-    str, Any
-  ]  # what is in memory while it runs, its arguments included -> abstract tree
-  gradients: Any  # abstract tree of the accumulator, None without one
-  tokens: int  # of one call, padding included
-  microbatches: int  # of one call
-  model_flops: float  # of one call on all chips, without what is computed twice
-
-  def lower(self) -> Any:
-    """The program as XLA is given it."""
-    return self.function.lower(*self.args, **self.given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,13 +124,14 @@ class _Made:
     flops = estimate.forward_flops(self.config, self.work.length) * self.work.tokens
     return Program(
       name="train step",
+      kind="train",
       function=function,
       args=args,
       given=given,
       held=held,
       gradients=grads,
       tokens=self.work.tokens,
-      microbatches=self.work.microbatches,
+      trips=self.work.microbatches,
       model_flops=(3 + passes) * flops,
     )
 
@@ -195,27 +176,39 @@ def _online(stage: Online, made: _Made) -> list[Program]:
       f"{stage.critic or stage.mix}"
     )
   state, batch = made.state(made.updater), made.batch(PolicyBatch)
-  held, given, passes = _train_state(state) | {"batch": batch}, {}, 0
+  kept, given, passes = _train_state(state), {}, 0
   kl = stage.objective.kl
   if kl is not None:
-    held |= {"reference": made.params}
+    kept |= {"reference": made.params}
     if kl.estimator == "exact":
       given["reference"], passes = made.params, 1
     if kl.controller is not None:
       given["kl_coefficient"] = jax.ShapeDtypeStruct((), jnp.float32)
+  kept |= engine.residents(made.config, stage, made.params, made.mesh)
   update = online.compiled_update(stage, made.config, made.updater)
-  step = made.step(update, (state, batch), held, passes, **given)
-  if online.one_update(stage) and (kl is None or kl.estimator == "exact"):
-    return [step]
-  score = Program(
-    name="score (reference or old log-probs)",
-    function=online.compiled_score(stage, made.config),
-    args=(made.params, batch),
-    given={},
-    held=held,
-    gradients=None,
-    tokens=made.work.tokens,
-    microbatches=made.work.microbatches,
-    model_flops=step.model_flops / (3 + passes),
-  )
-  return [score, step]
+  step = made.step(update, (state, batch), kept | {"batch": batch}, passes, **given)
+  step = dataclasses.replace(step, calls=stage.epochs * stage.minibatches)
+  programs = engine.engine_programs(made.config, stage, kept, made.mesh)
+  if scores := _scores(stage):
+    programs.append(
+      Program(
+        name="score (reference or old log-probs)",
+        kind="score",
+        function=online.compiled_score(stage, made.config),
+        args=(made.params, batch),
+        given={},
+        held=step.held,
+        tokens=step.tokens,
+        trips=step.trips,
+        model_flops=step.model_flops / (3 + passes),
+        calls=scores * stage.minibatches,
+      )
+    )
+  return [*programs, step]
+
+
+def _scores(stage: Online) -> int:
+  """How often the rows of an update are scored before it."""
+  kl = stage.objective.kl
+  old = not online.one_update(stage) or (kl is not None and kl.where == "reward")
+  return int(old) + int(kl is not None and kl.estimator != "exact")
