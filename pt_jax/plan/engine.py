@@ -153,7 +153,7 @@ class _Made:
       function=programs.launch,
       args=(
         *(self.held[WEIGHTS], self.held[PAGES], _rows(rows, shapes, len(sampling.stop_tokens))),
-        *(jax.ShapeDtypeStruct((), jnp.int32),) * 2,
+        *(jax.ShapeDtypeStruct((), jnp.int32),) * 3,
       ),
       given={
         **{"config": c, "needs": Needs.of(sampling)},
