@@ -113,10 +113,10 @@ class _Made:
   held: Mapping[str, Any]
 
   def take(self) -> Program:
-    """The old weights are in memory until the new ones are there."""
+    """The old weights are gone before the new ones come."""
     function = jax.jit(functools.partial(programs.use_layout, config=self.work.config))
-    args = (self.held["parameters"],)
-    return Program("weights to the engine", "transfer", function, args, {}, self.held)
+    held = {name: tree for name, tree in self.held.items() if name != WEIGHTS}
+    return Program("weights to the engine", "transfer", function, (held["parameters"],), {}, held)
 
   def prefill(self, tensor: int) -> Program:
     work, c, shapes = self.work, self.work.config, self.work.shapes

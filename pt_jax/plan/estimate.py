@@ -58,6 +58,13 @@ def cache_bytes(c: ModelConfig, tokens: int) -> int:
   return 2 * c.layers * c.kv_heads * c.head_dim * tokens * BYTES[c.compute_dtype]
 
 
+def pages_bytes(c: ModelConfig, tokens: int, tensor: int) -> int:
+  """Pages of so many tokens on a device: L G W entries each, W at least 2 K (see
+  `kernels.ragged_paged_attention.pages`), over the parts of `tensor`."""
+  entries = c.layers * c.kv_heads * row_width(c.head_dim, c.head_dim)
+  return tokens * entries * BYTES[c.compute_dtype] // tensor
+
+
 def decode_attention(c: ModelConfig, rows: int, cached: int, tensor: int) -> Cost:
   """Attention of one new token of each of `rows` samples to `cached` tokens in one layer on one
   device: 4 T H K FLOPs and T G W entries of pages, over the parts of `tensor`."""

@@ -75,15 +75,7 @@ def train_programs(experiment: Experiment, stage: Stage, mesh: jax.sharding.Mesh
   config, work = model_of(experiment), work_of(stage)
   assert isinstance(stage, Supervised | Preference | Online)  # see `work_of`
   layout, table = sharding.zero(experiment.zero), decoder.table(config)
-  for rules in (sharding.USE, *layout):
-    weights.check_mesh(table, rules, mesh)
-  sharding.check_divides(
-    f"stage {stage.name}: a microbatch",
-    (work.rows, work.length),
-    ("batch", "seq"),
-    sharding.USE,
-    mesh,
-  )
+  check_mesh(experiment, stage, mesh)
   params = weights.abstract(table, layout.params, mesh, jnp.dtype(config.param_dtype))
   made = _Made(config, work, mesh, Updater(stage.optimizer, table, layout), params)
   if isinstance(stage, Supervised):
@@ -91,6 +83,19 @@ def train_programs(experiment: Experiment, stage: Stage, mesh: jax.sharding.Mesh
   if isinstance(stage, Preference):
     return [_preference(stage, made)]
   return _online(stage, made)
+
+
+def check_mesh(experiment: Experiment, stage: Stage, mesh: jax.sharding.Mesh) -> None:
+  """Raises ValueError when the mesh does not divide the model, the rows or the engine's slots."""
+  table, work = decoder.table(model_of(experiment)), work_of(stage)
+  for rules in (sharding.USE, *sharding.zero(experiment.zero)):
+    weights.check_mesh(table, rules, mesh)
+  where = f"stage {stage.name}: a microbatch"
+  axes = ("batch", "seq")
+  sharding.check_divides(where, (work.rows, work.length), axes, sharding.USE, mesh)
+  if isinstance(stage, Online):
+    where = f"stage {stage.name}: slots"
+    sharding.check_divides(where, (stage.slots,), ("batch",), sharding.USE, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +194,7 @@ def _online(stage: Online, made: _Made) -> list[Program]:
   step = made.step(update, (state, batch), kept | {"batch": batch}, passes, **given)
   step = dataclasses.replace(step, calls=stage.epochs * stage.minibatches)
   programs = engine.engine_programs(made.config, stage, kept, made.mesh)
-  if scores := _scores(stage):
+  if scores := scores_of(stage):
     programs.append(
       Program(
         name="score (reference or old log-probs)",
@@ -207,7 +212,7 @@ def _online(stage: Online, made: _Made) -> list[Program]:
   return [*programs, step]
 
 
-def _scores(stage: Online) -> int:
+def scores_of(stage: Online) -> int:
   """How often the rows of an update are scored before it."""
   kl = stage.objective.kl
   old = not online.one_update(stage) or (kl is not None and kl.where == "reward")

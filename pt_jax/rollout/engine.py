@@ -107,6 +107,7 @@ class Engine:
     is forgotten with all cached prefixes and computed again under the new weights, from which alone
     the tokens behind are drawn.
     """
+    self._weights: Params = None  # the old ones make room for the new
     self._weights = self._prepare(params)
     self.version = version
     self._scheduler.clear()
