@@ -90,7 +90,7 @@ def resize(config: ModelConfig, view: View | None, source: jax.Array, length: in
     return Rows(fit(keys[source[0]], 3), fit(values[source[0]], 2))
 
   specs = (spec(), spec(), _first(source))
-  mapped = jax.shard_map(local, in_specs=specs, out_specs=Rows(spec(), spec()))
+  mapped = jax.shard_map(local, in_specs=specs, out_specs=spec())
   source = split(source)
   return tuple(mapped(own.keys, own.values, source) for own in view)
 
@@ -120,7 +120,7 @@ def seat(config: ModelConfig, view: View, pages: Pages, rows: jax.Array, table: 
     )
 
   specs = (spec(), spec(), spec(), _first(rows), _first(table))
-  mapped = jax.shard_map(local, in_specs=specs, out_specs=Rows(spec(), spec()))
+  mapped = jax.shard_map(local, in_specs=specs, out_specs=spec())
   rows, table = split(rows), split(table)
   return tuple(mapped(*own, some, rows, table) for own, some in zip(view, pages))
 
@@ -187,7 +187,7 @@ def attend_row(config: ModelConfig, own: Rows, position: jax.Array) -> Attend:
     heads = USE.spec("batch", None, "heads", None)
     kv_heads = USE.spec("batch", None, "kv_heads", None)
     specs = (heads, kv_heads, kv_heads, spec(), spec(), USE.spec("batch"))
-    mapped = jax.shard_map(local, in_specs=specs, out_specs=(heads, Rows(spec(), spec())))
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=(heads, spec()))
     return mapped(q, k, v, own.keys, own.values, position)
 
   return attend
