@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import attention_tile
+from kernels.flash_attention import cost
 from kernels.flash_attention import tiles as tiling
 from kernels.flash_attention.blocks import (
   DIAGONAL,
@@ -146,6 +147,7 @@ def backward(
     ],
     input_output_aliases={4 + len(x): 0},
     compiler_params=tiling.compiler_params("parallel", "arbitrary", "arbitrary"),
+    cost_estimate=cost.backward(x, features, tiles),
     name="flash_attention_backward",
   )(live.row, live.other, live.flags, q_offset.reshape(1), *x, zeros)
 

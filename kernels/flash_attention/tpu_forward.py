@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import attention_tile
+from kernels.flash_attention import cost
 from kernels.flash_attention import tiles as tiling
 from kernels.flash_attention.blocks import (
   DIAGONAL,
@@ -100,6 +101,7 @@ def forward(
       jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32, **where),
     ],
     compiler_params=tiling.compiler_params("parallel", "arbitrary"),
+    cost_estimate=cost.forward(q, k, v, features, tiles),
     name="flash_attention_forward",
   )(live.row, live.other, live.flags, q_offset.reshape(1), *inputs)
 
