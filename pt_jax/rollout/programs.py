@@ -248,6 +248,7 @@ def _read(
     own = cache[i]
     if isinstance(own, kv.Rows):
       return kv.attend_row(c, own, rows.position)
+    assert rows.table is not None
     return kv.attend_pages(c, own, rows.position + 1, rows.table)
 
   x, kept = _layers(w, c, x, decoder.rope_angles(table, positions), attend)
