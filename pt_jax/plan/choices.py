@@ -1,5 +1,5 @@
-"""What a plan may change of an experiment: the mesh, the ZeRO stage, rematerialisation, microbatches
-and the engine's slots. None of them changes what is learned."""
+"""What a plan may change of an experiment: mesh, ZeRO stage, rematerialisation, microbatches, slots
+of the engine. None of them changes what is learned."""
 
 import dataclasses
 from collections.abc import Mapping

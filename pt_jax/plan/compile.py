@@ -30,6 +30,11 @@ class Measured:
   seconds: float  # tracing, lowering and compiling took
   xla: "Analysis | None"  # None where XLA refused it
 
+  @property
+  def in_order(self) -> float:
+    """Seconds of one call, no two operations at a time; 0 where XLA refused it."""
+    return 0.0 if self.xla is None else self.xla.roofline.in_order
+
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
@@ -64,10 +69,13 @@ class Plan:
 
   @property
   def seconds(self) -> float:
-    """Of all calls of an update, or of a step of an online stage, each in order; of programs that
-    XLA refused nothing."""
-    times = [(one.program.calls, one.xla) for one in self.programs]
-    return sum(calls * xla.roofline.in_order for calls, xla in times if xla is not None)
+    """Of all calls of an update, or of a step of an online stage, one after the other."""
+    return sum(one.program.calls * one.in_order for one in self.programs)
+
+  @property
+  def compiled(self) -> bool:
+    """Whether XLA refused none of them."""
+    return all(one.xla is not None for one in self.programs)
 
   @property
   def unknown(self) -> tuple[str, ...]:

@@ -156,8 +156,10 @@ class _Made:
         *(jax.ShapeDtypeStruct((), jnp.int32),) * 3,
       ),
       given={
-        **{"config": c, "needs": Needs.of(sampling)},
-        **{"tokens": LAUNCH, "limit": shapes.max_length},
+        "config": c,
+        "needs": Needs.of(sampling),
+        "tokens": LAUNCH,
+        "limit": shapes.max_length,
       },
       held=self.held,
       tokens=rows * LAUNCH,

@@ -69,8 +69,8 @@ def forecast(
 def kept(c: ModelConfig, remat: Remat, tensor: int) -> float:
   """Bytes that a block keeps of a token for its backward pass, on a device; see `models.remat`.
 
-  D and H K, (H + 2 G) K, 2 F of what `tensor` splits; without rematerialisation also the inputs of
-  products and norms, 3 D, and the gated product, F.
+  D and H K, (H + 2 G) K, 2 F of what `tensor` splits; without rematerialisation also what norms
+  compute in float32, five times D, and the gated product, F.
   """
   item = BYTES[c.compute_dtype]
   attention = c.heads * c.head_dim * item + 4 * c.heads
@@ -80,7 +80,7 @@ def kept(c: ModelConfig, remat: Remat, tensor: int) -> float:
   if remat in ("none", *order):
     last = len(order) if remat == "none" else order.index(remat) + 1
     split = sum(steps[name] for name in order[:last]) + (remat == "none") * c.hidden * item
-  whole = {"offload": 0, "none": 4}.get(remat, 1) * c.width * item
+  whole = c.width * ({"offload": 0}.get(remat, item) + (remat == "none") * 5 * BYTES["float32"])
   return whole + split / tensor
 
 
@@ -147,13 +147,15 @@ class _Model:
     return parts
 
   def temporaries(self) -> int:
-    """t L `kept`; of one block's backward pass its values and their gradients; the gathered weights
-    of two blocks and the gradients of one; the output matrix with its gradient, and that of the
-    embedding."""
+    """t L `kept`; the widths of one block, whose backward pass runs; the gathered weights of two
+    blocks and the gradients of one, or where they are stored whole, all gradients of a microbatch
+    and of those before; the output matrix with its gradient, and that of the embedding."""
     c, item, x = self.config, BYTES[self.config.compute_dtype], self.tensor
     blocks = self.tokens * c.layers * kept(c, c.remat, x)
-    one = 8 * c.width + (2 * (c.heads + 2 * c.kv_heads) * c.head_dim + 6 * c.hidden) / x
-    gathered = 3 * self._block() * item if self.zero == 3 else self._block() * item
+    one = 4 * c.width + ((c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.hidden) / x
+    gathered = 3 * self._block() * item
+    if self.zero < 3:
+      gathered = 2 * self.held(sharding.USE, estimate.GRADIENT)
     vocabulary = self._vocabulary() * (2 * item + estimate.GRADIENT)
     return int(blocks + self.tokens * one * item + gathered + vocabulary)
 
@@ -225,16 +227,16 @@ class _Model:
   def scores(self, stage: Online) -> dict[str, float]:
     """Forward passes of a step that score its rows."""
     calls = scores_of(stage) * stage.minibatches
-    flops = self.work.microbatches * self.tokens * estimate.forward_flops(
-      self.config, self.work.length
+    flops = (
+      self.work.microbatches * self.tokens * estimate.forward_flops(self.config, self.work.length)
     )
     chip = self.piece.chip
     peak = chip.bf16_flops * chip.device_share * self.tensor
     return {"score": calls * flops / peak} if calls else {}
 
   def engine(self, work: Round) -> dict[str, float]:
-    """Prefill and decode of a step, each step bound by HBM or compute, sums over `tensor` behind it;
-    and the gathering of weights."""
+    """Prefill and decode of a step, bound by HBM or compute, the sums over `tensor` behind; and
+    the gathering of weights."""
     c, x, slots = self.config, self.tensor, work.shapes.slots
     item, bandwidth = BYTES[c.compute_dtype], self._bandwidth("tensor") if x > 1 else math.inf
     weights = self.held(sharding.USE, item)

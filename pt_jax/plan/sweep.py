@@ -1,16 +1,16 @@
-"""Choices of mesh, ZeRO stage, rematerialisation and microbatches for a stage on a slice: ordered by
-closed forms, the best compiled, ranked by what the compiled programs take."""
+"""Choices of mesh, ZeRO stage, rematerialisation and microbatches for a stage on a slice: ordered
+by closed forms, the best compiled, ranked by what the compiled programs take."""
 
 import dataclasses
 import itertools
 import math
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from pt_jax.experiment import Experiment, Stage
 from pt_jax.models.config import Remat
 from pt_jax.plan.choices import Choice, applied
-from pt_jax.plan.compile import Plan, plan_stage
+from pt_jax.plan.compile import Measured, Plan, plan_stage
 from pt_jax.plan.forecast import Forecast, forecast
 from pt_jax.plan.memory import MARGIN
 from pt_jax.plan.programs import check_mesh, work_of
@@ -125,7 +125,7 @@ def _meshes(devices: int, fixed: Choice) -> Iterator[dict[str, int]]:
 
 def _options(stage: Stage, fixed: Choice) -> Iterator[tuple[int, Remat, int]]:
   work = work_of(stage)
-  counts = [n for n in _powers(work.rows * work.microbatches)]
+  counts = _powers(work.rows * work.microbatches)
   yield from itertools.product(
     (fixed.zero,) if fixed.zero else (1, 2, 3),
     (fixed.remat,) if fixed.remat else typing.get_args(Remat),
@@ -147,7 +147,7 @@ def reason(pick: Pick, best: Pick) -> str:
     over = (worst.memory.total - worst.memory.usable) / 2**30
     return f"does not fit: {worst.program.name} is {over:.1f} GiB over, most of it {name}"
   slowest = _slowest(plan)
-  share = slowest.program.calls * _time(slowest) / plan.seconds
+  share = slowest.program.calls * slowest.in_order / plan.seconds
   roof = slowest.xla.roofline if slowest.xla else None
   where = f"{slowest.program.name} takes {share:.0%} of it, bound by {roof.binding}" if roof else ""
   if pick is best:
@@ -173,12 +173,8 @@ def _difference(plan: Plan, best: Plan) -> str:
   return f"{more[label]:+.3f} s of {label} beside the best"
 
 
-def _slowest(plan: Plan):
-  return max(plan.programs, key=lambda one: one.program.calls * _time(one))
-
-
-def _time(one) -> float:
-  return one.xla.roofline.in_order if one.xla else 0.0
+def _slowest(plan: Plan) -> Measured:
+  return max(plan.programs, key=lambda one: one.program.calls * one.in_order)
 
 
 def changed(choice: Choice, given: Choice) -> list[str]:
@@ -193,6 +189,3 @@ def changed(choice: Choice, given: Choice) -> list[str]:
     },
   )
   return [str(different)] if str(different) else []
-
-
-Picks = Sequence[Pick]
