@@ -121,7 +121,10 @@ class _Made:
   def prefill(self, tensor: int) -> Program:
     work, c, shapes = self.work, self.work.config, self.work.shapes
     tokens = shapes.parts * CHUNK
-    whole = lambda *shape: jax.ShapeDtypeStruct((shapes.parts, *shape), jnp.int32)
+
+    def whole(*shape: int) -> Any:
+      return jax.ShapeDtypeStruct((shapes.parts, *shape), jnp.int32)
+
     chunk = programs.Chunk(
       tokens=whole(CHUNK),
       positions=whole(CHUNK),
@@ -173,7 +176,10 @@ class _Made:
 
 def _rows(count: int, shapes: batches.Shapes, stops: int) -> programs.Rows:
   """Abstract rows of a launch on pages, none of them under a mask."""
-  leaf = lambda dtype, *more: jax.ShapeDtypeStruct((count, *more), dtype)
+
+  def leaf(dtype: Any, *more: int) -> Any:
+    return jax.ShapeDtypeStruct((count, *more), dtype)
+
   numbers = ("token", "position", "end", "number", "top_k")
   return programs.Rows(
     **{name: leaf(jnp.int32) for name in numbers},

@@ -16,7 +16,6 @@ from pt_jax.plan.cost import Cost
 from pt_jax.sharding import Rules
 from pt_jax.weights import Table
 
-AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 BYTES = {"float32": 4, "bfloat16": 2}
 ADAM = 2 * BYTES["float32"]  # two moments of a parameter
 GRADIENT = BYTES["float32"]  # of the accumulator
@@ -81,7 +80,7 @@ def prefill_attention(c: ModelConfig, tokens: int, prompt: int, tensor: int) -> 
   return Cost(tokens * flops / tensor, tokens * entries * BYTES[c.compute_dtype] / tensor)
 
 
-def held_bytes(table: Table, rules: Rules, mesh: AnyMesh, item: int) -> int:
+def held_bytes(table: Table, rules: Rules, mesh: jax.sharding.Mesh, item: int) -> int:
   """Bytes on one device of arrays like the parameters.
 
   Args:

@@ -12,7 +12,6 @@ from pt_jax.plan.choices import Choice
 from pt_jax.plan.compile import Plan, plan_stage
 from pt_jax.plan.engine import PAGES, WEIGHTS
 from pt_jax.plan.topology import open_slice
-from pt_jax.rollout.rollouts import SamplingParams
 
 pytest.importorskip("libtpu")
 TINY = ModelConfig(
