@@ -24,12 +24,13 @@ def program(
   dtype: str = "bfloat16",
   sinks: bool = False,
   offset: bool = False,
+  shared: bool = False,
   **features: Any,
 ):
   """Attention of packed rows to themselves, or the gradients of its inputs through out and lse."""
 
   def build(chip: str):
-    def call(q, k, v, segments, logits, start):
+    def call(q, k, v, segments, logits, start, prefixes):
       return flash_attention(
         q,
         k,
@@ -39,6 +40,7 @@ def program(
         q_offset=start if offset else 0,
         scale=width**-0.5,
         sinks=logits if sinks else None,
+        q_prefixes=prefixes if shared else None,
         return_lse=True,
         chip=chip,
         **features,
@@ -57,6 +59,7 @@ def program(
       jax.ShapeDtypeStruct((batch, rows), jnp.int32),
       jax.ShapeDtypeStruct((heads,), jnp.float32),
       jax.ShapeDtypeStruct((), jnp.int32),
+      jax.ShapeDtypeStruct((batch, rows), jnp.int32),
     )
     return (jax.grad(total, wanted) if gradient else call), arrays
 
@@ -72,6 +75,10 @@ DENSE_TURNS = dict.fromkeys(_FOURS, (8 * 4 + 2.0,)) | {_TWOS: (8 * 8 + 2.0,)}
 # Whole, masked and diagonal blocks, for each block of these turns.
 KINDS = dict.fromkeys(_FOURS, (6 / 16, 0.0, 4 / 16)) | {_TWOS: (6 / 12, 0.0, 4 / 12)}
 DENSE_KINDS = {"": (1.0, 0.0)}
+# 8 completions of 380 tokens behind a prompt of 1024 that stands once, its last token with each of
+# them: 9 of 16 blocks of 1024 are live. With a prompt each they take 4 rows of 4096 and 24 blocks.
+SHARED = 4 * 8 * 128 * (1023 * 1024 / 2 + 8 * (381 * 1023 + 381 * 382 / 2))
+SHARED_KINDS = dict.fromkeys(_FOURS, (0.0, 5 / 16, 4 / 16)) | {_TWOS: (0.0, 5 / 12, 4 / 12)}
 
 
 def _pair(name: str, **shape: Any) -> tuple[Case, Case]:
@@ -98,6 +105,15 @@ CASES: tuple[Case, ...] = (
     flops=7 * FORWARD,
     turns=DENSE_TURNS,
     kinds=DENSE_KINDS,
+    slow=True,
+  ),
+  Case("shared_prefix", program(shared=True), flops=SHARED, turns=TURNS, kinds=SHARED_KINDS),
+  Case(
+    "shared_prefix_backward",
+    program(True, shared=True),
+    3.5 * SHARED,
+    turns=TURNS,
+    kinds=SHARED_KINDS,
     slow=True,
   ),
   # The families of the zoo, in packed rows.

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import attention_tile
-from kernels.flash_attention import exchange
+from kernels.flash_attention import cost, exchange
 from kernels.flash_attention import tiles as tiling
 from kernels.flash_attention.blocks import FIRST, batch_of, block_of, is_dead, live_blocks
 from kernels.flash_attention.exchange import Turn
@@ -35,8 +35,8 @@ from kernels.flash_attention.tiles import Tiles
 class Inputs(NamedTuple):
   """What the kernel reads: arrays, the specs of their blocks, or references to blocks."""
 
-  q_segments: Any  # [B, 1, S] int32
-  k_segments: Any  # [B, 1, T] int32
+  q_ids: Any  # [B, 1 to 3, S] int32, see `tpu.Where`
+  k_ids: Any  # [B, 1 to 2, T] int32
   q: Any  # [B, H, K, S], multiplied by `attention_tile.query_factor`
   d_out: Any  # [B, H, V, S]
   rows: Any  # [B, H, 2, S] float32: lse in base 2, -MASKED for a query that sees nothing; delta
@@ -71,8 +71,8 @@ def backward(
   (batch, heads, width, _), (_, groups, keys, _) = x.q.shape, x.k.shape
   value_width, share = x.v.shape[3], heads // groups
   live = live_blocks(
-    x.q_segments[:, 0],
-    x.k_segments[:, 0],
+    x.q_ids,
+    x.k_ids,
     q_offset,
     features,
     tiles.q_block,
@@ -87,10 +87,12 @@ def backward(
   per_query = lambda size: pl.BlockSpec((None, None, size, queries), q_map)
   per_key = lambda size: pl.BlockSpec((None, None, tiles.k_block, size), k_map)
   columns = lambda size: pl.BlockSpec((None, None, size, tiles.k_block), k_column_map)
-  ids = lambda block, where: pl.BlockSpec((None, 1, block), where)
+  ids = lambda x, block, where: pl.BlockSpec((None, x.shape[1], block), where)
   in_specs = Inputs(
-    q_segments=ids(queries, lambda g, i, r, row, other, *_: (batch_of(row[i]), 0, other[i])),
-    k_segments=ids(tiles.k_block, lambda g, i, r, row, *_: (batch_of(row[i]), 0, block_of(row[i]))),
+    q_ids=ids(x.q_ids, queries, lambda g, i, r, row, other, *_: (batch_of(row[i]), 0, other[i])),
+    k_ids=ids(
+      x.k_ids, tiles.k_block, lambda g, i, r, row, *_: (batch_of(row[i]), 0, block_of(row[i]))
+    ),
     q=per_query(width),
     d_out=per_query(value_width),
     rows=per_query(2),
@@ -123,6 +125,7 @@ def backward(
     ],
     input_output_aliases={4 + len(x): 0},
     compiler_params=tiling.compiler_params("parallel", "arbitrary", "arbitrary"),
+    cost_estimate=cost.backward(x, features, tiles),
     name="flash_attention_backward",
   )(live.row, live.other, live.flags, q_offset.reshape(1), *map(tiling.in_hbm, (*x, zeros)))
 
@@ -218,7 +221,7 @@ def _scores(x: Inputs, a, c, product, d_weights, features: Features, start):
   unless `start` is None."""
   logits = attention_tile.logits(product, features.soft_cap)
   if start is not None:
-    seen = tiling.seen(x.q_segments[:, a], x.k_segments[:, c], features, start)
+    seen = tiling.seen(x.q_ids[:, a], x.k_ids[:, c], features, start)
     logits = jnp.where(seen, logits, MASKED)
   weights = jnp.exp2(logits - x.rows[:1, a])
   d_logits = weights * (d_weights - x.rows[1:, a])

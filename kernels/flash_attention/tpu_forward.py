@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import attention_tile
+from kernels.flash_attention import cost
 from kernels.flash_attention import tiles as tiling
 from kernels.flash_attention.blocks import FIRST, LAST, batch_of, block_of, live_blocks
 from kernels.flash_attention.reference import MASKED, Features
@@ -28,8 +29,8 @@ def forward(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
-  q_segments: jax.Array,
-  k_segments: jax.Array,
+  q_ids: jax.Array,
+  k_ids: jax.Array,
   q_offset: jax.Array,
   sinks: jax.Array | None,
   features: Features,
@@ -41,7 +42,7 @@ def forward(
     q: [B, H, K, S], multiplied by `attention_tile.query_factor`.
     k: [B, G, T, K].
     v: [B, G, V, T].
-    q_segments, k_segments: [B, S] and [B, T] int32.
+    q_ids, k_ids: [B, 1 to 3, S] and [B, 1 to 2, T] int32, see `tpu.Where`.
     q_offset: [] int32.
     sinks: [H] float32, in base 2.
     features, tiles: S is whole blocks of the tiles, T whole turns of them.
@@ -52,9 +53,7 @@ def forward(
   (batch, heads, width, queries), groups = q.shape, k.shape[1]
   value_width, share = v.shape[2], heads // groups
   sizes = (tiles.q_block, tiles.k_block)
-  live = live_blocks(
-    q_segments, k_segments, q_offset, features, *sizes, by_keys=False, parts=tiles.parts
-  )
+  live = live_blocks(q_ids, k_ids, q_offset, features, *sizes, by_keys=False, parts=tiles.parts)
   fetched = tiles.parts * tiles.k_block
   q_map = lambda h, i, row, other, *_: (batch_of(row[i]), h, 0, block_of(row[i]))
   per_query = lambda size: pl.BlockSpec((None, None, size, tiles.q_block), q_map)
@@ -62,14 +61,18 @@ def forward(
   v_map = lambda h, i, row, other, *_: (batch_of(row[i]), jax.lax.div(h, share), 0, other[i])
   in_specs = [
     pl.BlockSpec(
-      (None, 1, tiles.q_block), lambda h, i, row, *_: (batch_of(row[i]), 0, block_of(row[i]))
+      (None, q_ids.shape[1], tiles.q_block),
+      lambda h, i, row, *_: (batch_of(row[i]), 0, block_of(row[i])),
     ),
-    pl.BlockSpec((None, 1, fetched), lambda h, i, row, other, *_: (batch_of(row[i]), 0, other[i])),
+    pl.BlockSpec(
+      (None, k_ids.shape[1], fetched),
+      lambda h, i, row, other, *_: (batch_of(row[i]), 0, other[i]),
+    ),
     per_query(width),
     pl.BlockSpec((None, None, fetched, width), k_map),
     pl.BlockSpec((None, None, value_width, fetched), v_map),
   ]
-  inputs = [tiling.in_hbm(x) for x in (q_segments[:, None], k_segments[:, None], q, k, v)]
+  inputs = [tiling.in_hbm(x) for x in (q_ids, k_ids, q, k, v)]
   if sinks is not None:
     in_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
     inputs.append(sinks)
@@ -92,6 +95,7 @@ def forward(
       jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32, **where),
     ],
     compiler_params=tiling.compiler_params("parallel", "arbitrary"),
+    cost_estimate=cost.forward(q, k, v, features, tiles),
     name="flash_attention_forward",
   )(live.row, live.other, live.flags, q_offset.reshape(1), *inputs)
 

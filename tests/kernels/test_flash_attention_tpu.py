@@ -48,6 +48,9 @@ def on_tpu(case, x, tiles=SMALL, **options):
     (Case(1, 130, 300, 4, 2, 192, 128, causal=False, soft_cap=3.0), OBLONG),
     (Case(2, 600, 600, 2, 2, 16, 16), PARTS),
     (Case(2, 300, 500, 2, 1, 16, 16, window=150, offset=200), PARTS),
+    # Continuations of two prefixes; the window reaches over some but not all of each.
+    (Case(1, 300, 300, 2, 1, 16, 16, window=40, soft_cap=2.0, sinks=True, shared=True), SMALL),
+    (Case(2, 200, 500, 1, 1, 16, 16, offset=230, shared=True), OBLONG),
   ],
   ids=str,
 )
@@ -113,19 +116,21 @@ def test_live_blocks_are_those_that_hold_something():
   rng = np.random.default_rng(0)
   segments = np.sort(rng.integers(0, 12, (2, length))).astype(np.int32)
   segments[1, 300:] = -1
-  for window in (None, 200):
+  prefixes = np.where(segments < 0, -1, segments // 6 * 6)
+  for window, shared in ((None, False), (200, False), (None, True)):
     features = Features(1.0, window=window)
     ago = np.arange(length)[:, None] - np.arange(length)
-    mask = (segments[:, :, None] == segments[:, None]) & (segments >= 0)[:, :, None] & (ago >= 0)
-    mask &= ago < (window or length)
+    mask = segments[:, :, None] == segments[:, None]
+    if shared:
+      mask |= prefixes[:, :, None] == segments[:, None]
+    mask &= (segments >= 0)[:, :, None] & (ago >= 0) & (ago < (window or length))
+    q_ids = np.stack([segments, prefixes] if shared else [segments], 1)
     cut = mask.reshape(2, 8, block, 8, block)
     some, every = cut.any((2, 4)), cut.all((2, 4))
     for by_keys in (False, True):
       for parts in (1, 2):
-        sizes = (block, block)
-        found = live_blocks(
-          segments, segments, jnp.int32(0), features, *sizes, by_keys=by_keys, parts=parts
-        )
+        ids, sizes = (q_ids, segments[:, None]), (block, block)
+        found = live_blocks(*ids, jnp.int32(0), features, *sizes, by_keys=by_keys, parts=parts)
         kinds = np.zeros((2, 8, 8), np.int32)
         ends = []
         for row, other, flags in list(zip(*map(np.asarray, found[:3])))[: int(found.count)]:
