@@ -111,7 +111,11 @@ def concatenate(parts: Sequence[Judged]) -> Judged:
       x, ((0, 0), (0, width - x.shape[1])), constant_values=fill
     )
     return dataclasses.replace(
-      r, tokens=pad(r.tokens, 0), logprobs=pad(r.logprobs, 0), version=pad(r.version, -1)
+      r,
+      tokens=pad(r.tokens, 0),
+      logprobs=pad(r.logprobs, 0),
+      version=pad(r.version, -1),
+      forced=pad(r.forced, False),
     )
 
   rewards = Rewards(
@@ -132,7 +136,7 @@ class Packed:
   (prompts included), A microbatches of B rows of S positions."""
 
   plan: packing.Plan  # of N completions in A * B rows
-  drawn: np.ndarray  # [N, W] bool, the tokens of completions
+  drawn: np.ndarray  # [N, W] bool, the tokens that the policy chose
   batch: PolicyBatch  # leaves [A, B, S]; advantages, scores and returns are 0
 
   def lay_out(self, values: np.ndarray) -> np.ndarray:
@@ -163,13 +167,19 @@ def drawn_tokens(rollouts: Rollouts) -> np.ndarray:
   return (index >= start) & (index < stop)
 
 
+def chosen_tokens(rollouts: Rollouts) -> np.ndarray:
+  """[N, W] bool, which tokens of completions the policy chose: not those that were forced."""
+  return drawn_tokens(rollouts) & ~np.asarray(rollouts.forced)
+
+
 def pack_rollouts(rollouts: Rollouts, rows: int, row_length: int) -> Packed:
   """Packs completions into a policy batch of [A, rows, row_length] NumPy arrays.
 
   A is the next power of two of what they need, so that few programs are compiled; the microbatches
-  behind hold nothing and are not computed. All tokens of completions are in the mask.
+  behind hold nothing and are not computed. All tokens of completions that the policy chose are in
+  the mask; what was forced upon it is read and not trained.
   """
-  r, drawn = rollouts, drawn_tokens(rollouts)
+  r, drawn = rollouts, chosen_tokens(rollouts)
   plan = packing.pack(r.length, row_length, rows_multiple=rows)
   microbatches = 1 << (plan.rows // rows - 1).bit_length()
   plan = dataclasses.replace(plan, rows=microbatches * rows)

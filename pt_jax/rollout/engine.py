@@ -276,13 +276,16 @@ class Engine:
     chosen = lambda: [
       [s for s in part if s.ready and s.bound == bound] for part in self._scheduler.running
     ]
+    failed = [s for part in chosen() for s in part if bound and not s.look()]
+    for sample in failed:
+      self._end(sample)
     ends = {s: s.border(self.max_length) for part in chosen() for s in part}
     steps = wanted
     for part in chosen():
       steps = min(steps, self._scheduler.reserve(part, steps, ends)) if part else steps
     parts = chosen()
     if not any(parts):
-      return []
+      return failed
     view, steps = self._view(parts, steps)
     rows, needs, places = batches.rows(self._shapes, parts, view, most)
     self._count("launch", rows.table.shape, rows.stop_tokens.shape, needs, most, bound)
@@ -297,7 +300,7 @@ class Engine:
       tokens=most,
     )
     self.figures.launches += 1
-    return self._collect(places, jax.device_get(drawn))
+    return failed + self._collect(places, jax.device_get(drawn))
 
   def _view(self, parts: Sequence[Sequence[Sample]], steps: int) -> tuple[int, int]:
     """Pages of the view, and steps: where the view would have to be of the next size only for the
@@ -335,19 +338,20 @@ class Engine:
       if sample.first_at is None:
         sample.first_at = time.perf_counter() - sample.request.submitted
       if sample.stop is not None:
-        self._scheduler.finish(sample)
-        self._finished(sample)
+        self._end(sample)
       changed.append(sample)
     return changed
 
-  def _finished(self, sample: Sample) -> None:
+  def _end(self, sample: Sample) -> None:
+    """Frees what a sample had that has ended, and counts it."""
+    self._scheduler.finish(sample)
     figures = self.figures
     figures.finished += 1
     figures.queue_seconds += sample.seated_at or 0.0
     first = sample.first_at or 0.0
     figures.first_token_seconds += first
     figures.decode_seconds += time.perf_counter() - sample.request.submitted - first
-    figures.decoded += sample.drawn - 1
+    figures.decoded += max(sample.drawn - 1, 0)
 
   def _held(self) -> int:
     return sum(cache.pool.held for cache in self._scheduler.caches)
@@ -400,11 +404,12 @@ def _rollouts(samples: Sequence[Sample]) -> Rollouts:
   length = np.array([len(s.tokens) for s in samples], np.int32)
   shape = (len(samples), int(length.max()))
   tokens, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-  version = np.full(shape, -1, np.int32)
+  version, forced = np.full(shape, -1, np.int32), np.zeros(shape, bool)
   for i, sample in enumerate(samples):
     tokens[i, : length[i]] = sample.tokens
     drawn = slice(start[i], length[i])
     logprobs[i, drawn], version[i, drawn] = sample.logprobs, sample.versions
+    forced[i, sample.forced] = True
   stop = np.array([s.stop for s in samples], np.int8)
-  fields: Any = (tokens, start, length, logprobs, version, stop)
+  fields: Any = (tokens, start, length, logprobs, version, stop, forced)
   return Rollouts(*fields)
