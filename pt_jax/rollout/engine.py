@@ -21,8 +21,9 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from pt_jax import sharding
 from pt_jax.models.config import ModelConfig
-from pt_jax.rollout import batches, guides, programs
+from pt_jax.rollout import batches, cache, guides, memory, programs
 from pt_jax.rollout.constraints import Constraint
 from pt_jax.rollout.figures import EngineFigures
 from pt_jax.rollout.rollouts import Detokenizer, Output, Rollouts, SamplingParams, StopReason
@@ -32,10 +33,9 @@ from pt_jax.weights import Params
 
 LAUNCH = 64  # tokens per sample and launch at most
 BETWEEN = 8  # tokens per sample and launch while prompts are being computed
-# A launch ends when one sample in REFILL has ended and others wait. Its view of the cache costs as
-# much as four steps: 384 completions of 35 tokens, 64 slots on two CPU devices, took 0.75 s with 3,
-# 0.80 s with 4 and 1.06 s with 8.
-REFILL = 3
+# A launch ends when one sample in REFILL has ended and others wait. 384 completions of 35 tokens, 64
+# slots on two CPU devices: 0.68 s with 2 to 6, 0.73 s with 8.
+REFILL = 4
 PAGE = 32  # tokens of a page
 CHUNK = 512  # tokens of a prefill in each part of the batch axes
 
@@ -63,6 +63,7 @@ class Engine:
     page: int = PAGE,
     chunk: int = CHUNK,
     launch: int | None = None,
+    paged: bool | None = None,
   ):
     """Call it, and everything else, inside `jax.set_mesh`.
 
@@ -78,11 +79,11 @@ class Engine:
       page: tokens of a page; on a TPU a multiple of 32.
       chunk: tokens of a prompt that are computed before samples that run go on.
       launch: tokens per sample and launch, `LAUNCH` where absent: fewer come earlier.
+      paged: whether samples are decoded on their pages, and not on a view; by default on a TPU.
 
     Raises ValueError for sizes that do not fit.
     """
-    mesh = jax.sharding.get_abstract_mesh().shape
-    parts = mesh["data"] * mesh["expert"]
+    parts = cache.parts()
     _check_sizes(slots, parts, max_length, page, chunk, launch, pages)
     each, most = slots // parts, -(-max_length // page)
     # A sample needs one page more while the last page of a shared prompt is copied.
@@ -93,10 +94,11 @@ class Engine:
     self._chunk, self._launch = chunk, launch
     self._detokenizer, self._grammars = detokenizer, grammars
     self._scheduler = Scheduler(parts=parts, slots=each, pages=pages, rows=page)
-    self._pages = programs.empty_pages(config, pages * parts, page)
+    paged = sharding.chip() is not None if paged is None else paged
+    self._memory = (memory.Paged if paged else memory.Viewed)(config, self._shapes)
+    self._caching, self._most = True, max_length
     self._requests: dict[int, Request] = {}
     self._number = 0
-    self._programs: set[Any] = set()
     self._prepare = jax.jit(functools.partial(programs.use_layout, config=config))
     self.update(params, version)
 
@@ -143,10 +145,15 @@ class Engine:
     if self.unfinished:
       raise ValueError(f"generate: expected no request on its way, found {len(self._requests)}")
     self._scheduler.clear()
+    self._memory.clear()
+    self._caching = False
+    most = max(map(len, prompts)) + sampling.max_tokens
+    self._most = min(most, self.max_length)
     data = np.asarray(jax.random.key_data(key))
     asked = [self._ask(p, sampling, data, n, i * n) for i, p in enumerate(prompts)]
     while self.unfinished:
       self._step()
+    self._caching, self._most = True, self.max_length
     for request in asked:
       del self._requests[request.number]
     return _rollouts([sample for request in asked for sample in request.samples])
@@ -258,11 +265,7 @@ class Engine:
     """Computes a chunk of what has to be; returns whether more has to be."""
     parts = self._scheduler.pieces(self._chunk)
     if any(parts):
-      chunk = batches.chunk(self._shapes, parts)
-      self._count("prefill", chunk.tokens.shape)
-      self._pages = programs.prefill(
-        self._weights, self._pages, chunk, config=self.config, limit=self.max_length
-      )
+      self._memory.prefill(self._weights, parts)
       self.figures.prefills += 1
       for piece in (piece for part in parts for piece in part):
         self._scheduler.computed(piece.sample, piece.count)
@@ -286,38 +289,25 @@ class Engine:
     parts = chosen()
     if not any(parts):
       return failed
-    view, steps = self._view(parts, steps)
-    rows, needs, places = batches.rows(self._shapes, parts, view, most)
-    self._count("launch", rows.table.shape, rows.stop_tokens.shape, needs, most, bound)
-    self._pages, drawn = programs.launch(
-      self._weights,
-      self._pages,
-      rows,
-      np.int32(steps),
-      np.int32(self._enough(len(places), len(rows.token))),
-      config=self.config,
-      needs=needs,
-      tokens=most,
-    )
+    ready = [[s for s in part if s.ready] for part in self._scheduler.running]
+    steps = self._memory.sit(ready, parts, steps, self._most)
+    for sample in (s for part in parts for s in part):
+      self._scheduler.copied(sample)
+    places, count = self._memory.places(parts)
+    rows, needs = batches.rows(self._shapes, places, count, paged=self._memory.paged)
+    until = self._until(parts, count)
+    drawn = self._memory.launch(self._weights, rows, steps, until, needs, most)
     self.figures.launches += 1
-    return failed + self._collect(places, jax.device_get(drawn))
+    return failed + self._collect(places, drawn)
 
-  def _view(self, parts: Sequence[Sequence[Sample]], steps: int) -> tuple[int, int]:
-    """Pages of the view, and steps: where the view would have to be of the next size only for the
-    end of a launch, the launch is cut short instead."""
-    longest = max(s.computed for part in parts for s in part)
-    pages = self._shapes.view_pages(longest + 1)
-    room = pages * self._shapes.rows - longest
-    if room < steps and 4 * room < steps:
-      return self._shapes.view_pages(longest + steps), steps
-    return pages, min(steps, room)
-
-  def _enough(self, samples: int, rows: int) -> int:
-    """How many samples have to end for a launch to return."""
+  def _until(self, parts: Sequence[Sequence[Sample]], rows: int) -> tuple[int, int]:
+    """A launch returns when so many samples have ended, or no more than so many of a part are
+    left: others wait, or fewer rows are enough."""
+    samples = sum(map(len, parts))
     if self._scheduler.waiting:
-      return max(1, samples // REFILL)
-    smaller = self._shapes.launch_rows(rows // self._shapes.parts // 2) * self._shapes.parts
-    return samples - smaller if smaller < samples else samples
+      return max(1, samples // REFILL), 0
+    fewer = self._shapes.launch_rows(rows // len(parts) // 2)
+    return samples, fewer if fewer < max(map(len, parts)) else 0
 
   def _collect(self, places: Sequence[tuple[int, Sample]], drawn: programs.Drawn) -> list[Sample]:
     """Hands tokens to their samples and frees what the ones that ended had."""
@@ -327,19 +317,22 @@ class Engine:
     for row, sample in places:
       count, before = int(drawn.count[row]), sample.drawn
       if not count:
-        self._scheduler.copied(sample)
         continue
       self.figures.prefilled += before == 0  # the launch read the last token of the prompt
       top = _top(drawn, row, count, sample.request.sampling.top_logprobs)
       sample.take(tokens[row][:count], logprobs[row][:count], top, self.version, self.max_length)
-      self._scheduler.copied(sample)
-      self._scheduler.computed(sample, sample.drawn - before)
+      sample.computed += sample.drawn - before
       self.figures.generated += sample.drawn - before
       if sample.first_at is None:
         sample.first_at = time.perf_counter() - sample.request.submitted
-      if sample.stop is not None:
-        self._end(sample)
       changed.append(sample)
+    ended = [sample for sample in changed if sample.stop is not None]
+    if self._caching:
+      self._memory.store(ended)
+    for sample in ended:
+      if self._caching:
+        self._scheduler.publish(sample)
+      self._end(sample)
     return changed
 
   def _end(self, sample: Sample) -> None:
@@ -361,11 +354,7 @@ class Engine:
     figures.seconds += seconds
     figures.preemptions, figures.prefix_hits = scheduler.preemptions, scheduler.hits
     figures.pages_held = self._held()
-
-  def _count(self, *program: Any) -> None:
-    """Counts a program when it is asked for the first time."""
-    self._programs.add(program)
-    self.figures.compilations = len(self._programs)
+    figures.compilations = len(self._memory.programs)
 
 
 def _check_sizes(

@@ -50,7 +50,9 @@ class Sample:
   reported_text: int = 0  # characters
   # Where it is in the machine.
   part: int = -1
-  computed: int = 0  # tokens whose keys and values are in pages
+  computed: int = 0  # tokens whose keys and values are in pages or in the row of a view
+  row: int = -1  # of the view, in its part
+  stored: int = 0  # tokens whose keys and values are in pages, if it has a row
   pages: list[int] = dataclasses.field(default_factory=list)
   copied_from: int | None = None  # page that is read in place of the one about to be written
   chain: list[bytes] = dataclasses.field(default_factory=list)  # digests of full pages

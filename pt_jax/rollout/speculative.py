@@ -44,9 +44,7 @@ class Tally:
   accepted: jax.Array  # [R] int32, proposals that belong to the sample
 
 
-@functools.partial(
-  jax.jit, static_argnames=("plan", "needs", "tokens", "limit"), donate_argnums=1
-)
+@functools.partial(jax.jit, static_argnames=("plan", "needs", "tokens", "limit"), donate_argnums=1)
 def launch(
   w: tuple[Params, ...],
   caches: Caches,

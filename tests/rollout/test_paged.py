@@ -18,6 +18,7 @@ ENGINES = {  # name -> options: each forces something else
   "chunks of 5": {"chunk": 5},
   "few pages": {"pages": 10},
   "fewest pages, launches of 3": {"pages": 7, "launch": 3, "chunk": 16},
+  "decoded on pages": {"pages": 12, "paged": True},
 }
 
 
