@@ -33,6 +33,16 @@ class Draft:
 
 
 @dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is static of a launch that speculates."""
+
+  config: ModelConfig
+  draft: ModelConfig | None  # None: by n-grams
+  tokens: int  # k
+  ngram: int  # m
+
+
+@dataclasses.dataclass(frozen=True)
 class Speculation:
   """How an engine guesses several tokens ahead: by looking them up in the text of the sample, or
   with a draft model."""
@@ -46,13 +56,15 @@ class Speculation:
       if not 1 <= found <= most:
         raise ValueError(f"speculation.{name}: expected 1 to {most}, found {found}")
 
-  def check(self, config: ModelConfig) -> None:
-    """Raises ValueError where the draft model cannot propose for this one."""
+  def plan(self, config: ModelConfig) -> Plan:
+    """For this model. Raises ValueError where the draft cannot propose for it."""
     if self.draft is not None and self.draft.config.vocab_size != config.vocab_size:
       raise ValueError(
         f"speculation.draft: expected a vocabulary of {config.vocab_size}, "
         f"found {self.draft.config.vocab_size}"
       )
+    draft = None if self.draft is None else self.draft.config
+    return Plan(config, draft, self.tokens, self.ngram)
 
 
 def from_history(

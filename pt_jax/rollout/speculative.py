@@ -17,7 +17,7 @@ from pt_jax.models.config import ModelConfig
 from pt_jax.rollout import cache as kv
 from pt_jax.rollout import programs
 from pt_jax.rollout.programs import Drawn, Rows
-from pt_jax.rollout.proposals import accept, from_history
+from pt_jax.rollout.proposals import Plan, accept, from_history
 from pt_jax.rollout.sampling import Needs
 from pt_jax.sharding import USE, P
 from pt_jax.weights import Params
@@ -25,14 +25,12 @@ from pt_jax.weights import Params
 Caches = tuple[kv.View | kv.Pages, ...]  # of the model, and of the draft if there is one
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What is static of a launch that speculates."""
+@flax.struct.dataclass
+class History:
+  """The last tokens of the rows."""
 
-  config: ModelConfig
-  draft: ModelConfig | None  # None: by n-grams
-  tokens: int  # k
-  ngram: int
+  tokens: jax.Array  # [R, H] int32
+  first: jax.Array  # [R] int32, position of the first of them
 
 
 @flax.struct.dataclass
@@ -49,7 +47,7 @@ def launch(
   w: tuple[Params, ...],
   caches: Caches,
   rows: Rows,
-  history: jax.Array,
+  history: History,
   steps: jax.Array,
   enough: jax.Array,
   few: jax.Array,
@@ -65,14 +63,14 @@ def launch(
     w: weights of `programs.use_layout`, of the model and of the draft if there is one.
     caches: as `programs.launch` has one; the draft's has the same rows and pages.
     rows: what is decoded, none of it under a mask. A table of pages has room for k tokens more.
-    history: [R, H] int32, tokens of the rows by position.
+    history: of the rows, with room for C more tokens.
     steps, enough, few: [] int32.
     plan: static, as what follows.
     needs: of all rows together.
     tokens: C, room for what is drawn.
     limit: positions are below it.
   """
-  rows, history = jax.tree.map(kv.split, rows), kv.split(history)
+  rows, history = jax.tree.map(kv.split, rows), jax.tree.map(kv.split, history)
   count, running = rows.token.shape[0], jnp.sum(rows.active)
   parts = rows.active.reshape(kv.parts(), -1).shape
   reach = limit + plan.tokens + 1
@@ -126,9 +124,9 @@ def _by_rows(function: Any, *args: Any) -> Any:
   return mapped(*args)
 
 
-def _lookup(history: jax.Array, position: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
+def _lookup(history: History, position: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
   find = functools.partial(from_history, ngram=plan.ngram, count=plan.tokens)
-  return _by_rows(find, history, position)
+  return _by_rows(lambda h, at: find(h.tokens, at - h.first), history, position)
 
 
 def _sketch(
@@ -141,9 +139,9 @@ def _sketch(
 
   def step(carry: Any, _: None) -> Any:
     rows, cache = carry
-    hidden, cache = programs._read(w, rows, cache, table, config)
+    hidden, cache = programs.read(w, rows, cache, table, config)
     position = rows.position + 1
-    token, _, _ = programs._draw(w, hidden, rows, position, bare)
+    token = programs.draw_tokens(w, hidden, rows, position, bare)[0]
     return (dataclasses.replace(rows, token=token, position=position), cache), token
 
   (_, cache), tokens = jax.lax.scan(step, (rows, cache), None, length=plan.tokens + 1)
@@ -166,9 +164,10 @@ def _read(
     own = cache[i]
     if isinstance(own, kv.Rows):
       return attend_rows(c, own, places)
+    assert pages is not None
     return kv.attend_pages(c, own, places[:, -1] + 1, pages)
 
-  x, kept = programs._layers(w, c, x, decoder.rope_angles(table, places), attend)
+  x, kept = programs.layers(w, c, x, decoder.rope_angles(table, places), attend)
   return x, tuple(kept)
 
 
@@ -198,7 +197,7 @@ def attend_rows(config: ModelConfig, own: kv.Rows, places: jax.Array) -> decoder
   def attend(q: jax.Array, k: jax.Array, v: jax.Array):
     heads = USE.spec("batch", None, "heads", None)
     kv_heads = USE.spec("batch", None, "kv_heads", None)
-    held = kv.Rows(kv.spec(), kv.spec())
+    held: Any = kv.Rows(*[kv.spec()] * 2)
     specs = (heads, kv_heads, kv_heads, *held, USE.spec("batch", None))
     mapped = jax.shard_map(local, in_specs=specs, out_specs=(heads, held))
     return mapped(q, k, v, own.keys, own.values, places)
@@ -207,8 +206,8 @@ def attend_rows(config: ModelConfig, own: kv.Rows, places: jax.Array) -> decoder
 
 
 def _draw(w: Params, hidden: jax.Array, rows: Rows, places: jax.Array, needs: Needs) -> Any:
-  """`programs._draw` at several places [R, C] of each row; what it returns is [R, C, ...]."""
-  count, new, width = hidden.shape
+  """`programs.draw_tokens` at several places [R, C] of each row; what it returns is [R, C, ...]."""
+  _, new, width = hidden.shape
   repeat = lambda x: jnp.repeat(x, new, axis=0)
   flat = lambda hidden, rows, places: (
     hidden.reshape(-1, width),
@@ -216,21 +215,24 @@ def _draw(w: Params, hidden: jax.Array, rows: Rows, places: jax.Array, needs: Ne
     places.reshape(-1),
   )
   rows = dataclasses.replace(rows, table=None)
-  drawn = programs._draw(w, *_by_rows(flat, hidden, rows, places), needs)
-  apart = lambda drawn: jax.tree.map(lambda x: x.reshape(-1, new, *x.shape[1:]), drawn)
+  hidden, rows, places = _by_rows(flat, hidden, rows, places)
+  drawn = programs.draw_tokens(w, hidden, rows, places, needs)
+  apart = lambda drawn: jax.tree.map(
+    lambda x: x.reshape(x.shape[0] // new, new, *x.shape[1:]), drawn
+  )
   return _by_rows(apart, drawn)
 
 
 def _commit(
   rows: Rows,
-  history: jax.Array,
+  history: History,
   drawn: Drawn,
   tally: Tally,
   proposals: jax.Array,
   found: jax.Array,
   tokens: Any,
   steps: jax.Array,
-) -> tuple[Rows, jax.Array, Drawn, Tally]:
+) -> tuple[Rows, History, Drawn, Tally]:
   """Everything after a step, of which `tokens` is what `_draw` returned."""
   steps = jnp.broadcast_to(steps, rows.token.shape)
   steps = kv.split(steps)
@@ -265,8 +267,9 @@ def _accepted(rows, history, drawn, tally, proposals, found, tokens, steps):
     put(drawn.top_logprobs, best_logprobs),
   )
   # A row that has ended is read again and again in place: nothing of it may change.
-  where = jnp.where(kept & go_on[:, None], rows.position[:, None] + 1 + offset, history.shape[1])
-  history = history.at[row, where].set(token, mode="drop")
+  where = (rows.position - history.first)[:, None] + 1 + offset
+  where = jnp.where(kept & go_on[:, None], where, history.tokens.shape[1])
+  history = history.replace(tokens=history.tokens.at[row, where].set(token, mode="drop"))
   rows = dataclasses.replace(
     rows,
     token=jnp.where(go_on, last, rows.token),

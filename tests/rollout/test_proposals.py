@@ -84,6 +84,8 @@ def test_options_that_make_no_sense(options, message):
 def test_a_draft_has_the_models_vocabulary():
   draft = Draft(tiny.MODEL, {})
   other = tiny.MODEL.__class__(**{**vars(tiny.MODEL), "vocab_size": 65})
-  Speculation(draft=draft).check(tiny.MODEL)
-  with pytest.raises(ValueError, match="speculation.draft: expected a vocabulary of 65, found 64"):
-    Speculation(draft=draft).check(other)
+  Speculation(draft=draft).plan(tiny.MODEL)
+  with pytest.raises(
+    ValueError, match=r"^speculation\.draft: expected a vocabulary of 65, found 64"
+  ):
+    Speculation(draft=draft).plan(other)
