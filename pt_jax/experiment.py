@@ -149,6 +149,7 @@ class Online:
   group_size: int  # completions per prompt
   rows: int  # packed rows of one microbatch (all hosts); an update computes as many as it needs
   row_length: int  # also the longest prompt and completion together
+  share_prompts: bool = False  # a prompt is computed once for its completions, not for each
   epochs: int = 1  # passes over the rollouts of a step
   minibatches: int = 1  # updates per pass
   stop_kl: float | None = None  # no further epoch of a step once policy/approx_kl is over this
@@ -176,6 +177,11 @@ class Online:
       passes = (self.critic.pretrain + self.steps) * self.critic.epochs
       self._check_updates("critic.optimizer", self.critic.optimizer, passes)
     self._check_objective()
+    if self.share_prompts and self.group_size < 2:
+      raise ValueError(
+        f"stage {self.name}: share_prompts: expected a group_size of at least 2, found "
+        f"{self.group_size}"
+      )
     if self.curriculum and self.pass_rate:
       raise ValueError(
         f"stage {self.name}: curriculum and pass_rate: expected one of them, found both"

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kernels import chip as chips
 from kernels import tiles as table
@@ -25,6 +26,8 @@ def flash_attention(
   window: int | None = None,
   soft_cap: float | None = None,
   sinks: jax.Array | None = None,
+  q_prefixes: jax.Array | None = None,
+  positions: tuple[jax.Array, jax.Array] | None = None,
   return_lse: bool = False,
   tiles: tuple[Tiles, Tiles] | None = None,
   chip: str | None = None,
@@ -45,6 +48,10 @@ def flash_attention(
     window: a query sees that many keys, its own included.
     soft_cap: scores -> c tanh(scores / c).
     sinks: [H], a logit of each head that joins the softmax's denominator only.
+    q_prefixes: [B, S] int32, a second segment whose keys a query sees: the prefix that it shares
+      with others. Its own segment or one below 0 adds nothing.
+    positions: [B, S] and [B, T] int32 of queries and keys, by which a window measures distances
+      instead of by rows. Needed for a window with `q_prefixes`.
     return_lse: also return the log of the denominators.
     tiles: of the forward and the backward kernel; None: those of the checked-in table.
     chip: the TPU to compile for, a name of `kernels.chip.CHIPS`; None: not a TPU, in XLA.
@@ -54,10 +61,11 @@ def flash_attention(
 
   Raises ValueError or AssertionError for shapes or features that do not fit, before compilation.
   """
-  check(q, k, v, q_segments, k_segments, sinks)
-  features = Features(scale, causal, window, soft_cap)
-  q, k, v, q_segments, k_segments, sinks = _alike(q, k, v, q_segments, k_segments, sinks)
-  places = {"q_segments": q_segments, "k_segments": k_segments, "q_offset": q_offset}
+  check(q, k, v, q_segments, k_segments, q_prefixes, positions, window, sinks)
+  features = Features(scale, causal, window, soft_cap, positions is not None)
+  q_ids, k_ids = _ids(q_segments, k_segments, q_prefixes, positions)
+  q, k, v, q_ids, k_ids, sinks = _alike(q, k, v, q_ids, k_ids, sinks)
+  places = {"q_ids": q_ids, "k_ids": k_ids, "q_offset": q_offset}
   options = {"features": features, "sinks": sinks}
   if chip is None:
     out, lse = xla.attention(q, k, v, **places, **options)
@@ -70,6 +78,19 @@ def default_tiles(chip: str) -> tuple[Tiles, Tiles]:
   """Tiles of the forward and the backward kernel. Raises ValueError for an unknown chip."""
   find = functools.partial(table.find, "flash_attention", chips.get(chip).name)
   return Tiles(**find("forward")), Tiles(**find("backward"))
+
+
+def _ids(q_segments, k_segments, q_prefixes, positions) -> tuple[jax.Array, jax.Array]:
+  """What decides who sees whom, in rows: segment, prefix and position [B, 1 to 3, S] of queries,
+  segment and position [B, 1 to 2, T] of keys. The last rows are there where they are read."""
+  if positions is not None:
+    q_prefixes = q_segments if q_prefixes is None else q_prefixes
+    return (
+      jnp.stack([q_segments, q_prefixes, positions[0]], 1),
+      jnp.stack([k_segments, positions[1]], 1),
+    )
+  own = q_segments[:, None]
+  return own if q_prefixes is None else jnp.stack([q_segments, q_prefixes], 1), k_segments[:, None]
 
 
 def _alike(*arrays: jax.Array | None) -> list[Any]:

@@ -42,8 +42,8 @@ class LiveBlocks(NamedTuple):
 
 
 def live_blocks(
-  q_segments: jax.Array,
-  k_segments: jax.Array,
+  q_ids: jax.Array,
+  k_ids: jax.Array,
   q_offset: jax.Array,
   features: Features,
   q_block: int,
@@ -54,33 +54,45 @@ def live_blocks(
   """The live blocks of rows of segments.
 
   Args:
-    q_segments, k_segments: [B, S] and [B, T] int32, whole blocks; below 0 sees and is seen by none.
+    q_ids: [B, 1 to 3, S] int32, whole blocks: segment, prefix, position. A segment or prefix below
+      0 sees none.
+    k_ids: [B, 1 to 2, T] int32, whole blocks: segment, position.
     q_offset: [] int32.
-    features: causal and window are read.
+    features: causal, window and by_position are read.
     q_block, k_block: sizes of a block.
     by_keys: rows are blocks of keys (the backward pass).
 
-  A block is live if the ranges of segment ids of its queries and keys overlap and the mask leaves
-  something of it. Raises ValueError when there are more than `MOST_BLOCKS` blocks at all.
+  A block is live if the mask leaves something of it and the range of segments of its keys overlaps
+  that of its queries or holds the prefix of one. Raises ValueError when there are more than
+  `MOST_BLOCKS` blocks at all.
   """
-  q_low, q_high, q_whole = _ranges(q_segments, q_block)
-  k_low, k_high, k_whole = _ranges(k_segments, k_block)
-  batch, queries, keys = *q_low.shape, k_low.shape[1]
+  batch, queries, keys = len(q_ids), q_ids.shape[2] // q_block, k_ids.shape[2] // k_block
   if batch * queries * keys > MOST_BLOCKS:
     raise ValueError(
       f"flash_attention: expected at most {MOST_BLOCKS} blocks, found {batch} x {queries} x {keys}"
     )
-  q, k = lambda x: x[:, :, None], lambda x: x[:, None, :]
-  live = (q(q_low) <= k(k_high)) & (k(k_low) <= q(q_high))
-  same = (q(q_low) == k(k_low)) & q(q_whole) & k(k_whole)
+  k_low, k_high, k_whole = (x[:, None, :] for x in _ranges(k_ids[:, 0], k_block))
+  low, high, whole = (x[:, :, None] for x in _ranges(q_ids[:, 0], q_block))
+  live = (low <= k_high) & (k_low <= high)
+  full = (low == k_low) & whole & k_whole
+  if q_ids.shape[1] > 1:
+    low, _, whole = (x[:, :, None] for x in _ranges(q_ids[:, 1], q_block))
+    full |= (low == k_low) & whole & k_whole
+    # Each one, not their range: continuations stand between the prefixes of two groups.
+    prefixes = q_ids[:, 1].reshape(batch, queries, 1, q_block)
+    live |= ((k_low[..., None] <= prefixes) & (prefixes <= k_high[..., None])).any(-1)
   start = q_offset + q_block * jnp.arange(queries)[:, None] - k_block * jnp.arange(keys)
-  full = same
   if features.causal:
     live &= start + q_block - 1 >= 0
     full &= start - k_block + 1 >= 0
   if features.window is not None:
-    live &= start - k_block + 1 < features.window
-    full &= start + q_block - 1 < features.window
+    nearest, farthest = start - k_block + 1, start + q_block - 1
+    if features.by_position:
+      q_at = q_ids[:, 2].reshape(batch, queries, 1, q_block)
+      k_at = k_ids[:, 1].reshape(batch, 1, keys, k_block)
+      nearest, farthest = q_at.min(-1) - k_at.max(-1), q_at.max(-1) - k_at.min(-1)
+    live &= nearest < features.window
+    full &= farthest < features.window
   kind = jnp.where(live, jnp.where(full, FULL, PARTIAL), 0)
   if features.causal and q_block == k_block:
     kind = jnp.where(live & (start == 0), DIAGONAL, kind)

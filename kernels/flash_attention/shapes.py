@@ -24,12 +24,13 @@ def program(
   dtype: str = "bfloat16",
   sinks: bool = False,
   offset: bool = False,
+  shared: bool = False,
   **features: Any,
 ):
   """Attention of packed rows to themselves, or the gradients of its inputs through out and lse."""
 
   def build(chip: str):
-    def call(q, k, v, segments, logits, start):
+    def call(q, k, v, segments, logits, start, prefixes):
       return flash_attention(
         q,
         k,
@@ -39,6 +40,7 @@ def program(
         q_offset=start if offset else 0,
         scale=width**-0.5,
         sinks=logits if sinks else None,
+        q_prefixes=prefixes if shared else None,
         return_lse=True,
         chip=chip,
         **features,
@@ -57,6 +59,7 @@ def program(
       jax.ShapeDtypeStruct((batch, rows), jnp.int32),
       jax.ShapeDtypeStruct((heads,), jnp.float32),
       jax.ShapeDtypeStruct((), jnp.int32),
+      jax.ShapeDtypeStruct((batch, rows), jnp.int32),
     )
     return (jax.grad(total, wanted) if gradient else call), arrays
 
@@ -66,6 +69,10 @@ def program(
 FORWARD = 4 * 8 * ROW * ROW * 128 / 2  # FLOPs under a causal mask
 # 8 heads, 10 of 16 blocks of 1024 are live, and the pipeline fills and drains.
 TURNS = {"forward": (82.0,), "backward": (82.0,)}
+# 8 completions of 380 tokens behind a prompt of 1024 that stands once: 11 of 16 blocks of 1024 are
+# live. With a prompt each they take 4 rows of 4096 and 24 live blocks.
+SHARED = 4 * 8 * 128 * (1023 * 1024 / 2 + 8 * (381 * 1023 + 381 * 382 / 2))
+SHARED_TURNS = {"forward": (90.0,), "backward": (90.0,)}
 
 
 def _pair(name: str, **shape: Any) -> tuple[Case, Case]:
@@ -82,6 +89,14 @@ CASES: tuple[Case, ...] = (
     flops=3.5 * FORWARD,
     turns=TURNS,
     budget=True,
+    slow=True,
+  ),
+  Case("shared_prefix", program(shared=True), flops=SHARED, turns=SHARED_TURNS),
+  Case(
+    "shared_prefix_backward",
+    program(True, shared=True),
+    3.5 * SHARED,
+    turns=SHARED_TURNS,
     slow=True,
   ),
   # The families of the zoo, in packed rows.

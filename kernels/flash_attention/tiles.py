@@ -72,7 +72,8 @@ def steps(features: Features, tiles: Tiles, start: int | jax.Array | None) -> li
     for c in range(0, tiles.k_block, tiles.k_tile):
       if isinstance(start, int):
         nearest, farthest = start + a - c - tiles.k_tile + 1, start + a - c + tiles.q_tile - 1
-        if farthest < 0 or (features.window is not None and nearest >= features.window):
+        near = None if features.by_position else features.window  # in rows
+        if farthest < 0 or (near is not None and nearest >= near):
           continue
       found.append(Tile(pl.ds(a, tiles.q_tile), pl.ds(c, tiles.k_tile)))
   return found
@@ -84,19 +85,24 @@ def seen(
   """[keys, queries] of a tile, which of them see each other.
 
   Args:
-    q_ids, k_ids: [1, queries] and [1, keys] int32.
+    q_ids, k_ids: [1 to 3, queries] and [1 to 2, keys] int32, see `tpu.Where`.
     features: causal and window are read.
     start: rows that the first query of the tile stands behind its first key.
   """
   shape = (k_ids.shape[1], q_ids.shape[1])
-  k_ids = jnp.where(k_ids < 0, -2, k_ids)
-  columns = jnp.broadcast_to(k_ids, (8, shape[0])).T[:, :1]
-  found = columns == jnp.where(q_ids < 0, -1, q_ids)
+  column = lambda row: jnp.broadcast_to(row, (8, shape[0])).T[:, :1]
+  keys = column(jnp.where(k_ids[:1] < 0, -2, k_ids[:1]))
+  queries = jnp.where(q_ids < 0, -1, q_ids)
+  found = keys == queries[:1]
+  if q_ids.shape[0] > 1:
+    found |= keys == queries[1:2]
   if features.causal:
     iota = lambda axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis)
     ago = iota(1) - iota(0)
     found &= ago >= -start
-    if features.window is not None:
+    if features.window is not None and features.by_position:
+      found &= q_ids[2:] - column(k_ids[1:]) < features.window
+    elif features.window is not None:
       found &= ago < features.window - start
   return found
 

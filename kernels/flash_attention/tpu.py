@@ -25,8 +25,8 @@ SUBLANES = 16  # of a register of bfloat16
 class Where(NamedTuple):
   """Which key a query may see."""
 
-  q_segments: jax.Array  # [B, S] int32
-  k_segments: jax.Array  # [B, T] int32
+  q_ids: jax.Array  # [B, 1 to 3, S] int32, segment, prefix, position
+  k_ids: jax.Array  # [B, 1 to 2, T] int32, segment, position
   q_offset: jax.Array  # [] int32
 
 
@@ -35,15 +35,15 @@ def attention(
   k: jax.Array,
   v: jax.Array,
   *,
-  q_segments: jax.Array,
-  k_segments: jax.Array,
+  q_ids: jax.Array,
+  k_ids: jax.Array,
   q_offset: int | jax.Array,
   features: Features,
   sinks: jax.Array | None,
   tiles: tuple[Tiles, Tiles],
 ) -> tuple[jax.Array, jax.Array]:
   """`reference.attention`, as (out [B, S, H, V], lse [B, S, H]); tiles of forward and backward."""
-  where = Where(q_segments, k_segments, jnp.asarray(q_offset, jnp.int32))
+  where = Where(q_ids, k_ids, jnp.asarray(q_offset, jnp.int32))
   fitting = tuple(each.within(q.shape[1], k.shape[1]) for each in tiles)
   return _attention(q, k, v, sinks, where, features, fitting)
 
@@ -72,8 +72,8 @@ def _width_last(x: jax.Array, block: int) -> jax.Array:
 
 def _whole_rows(where: Where, tiles: Tiles) -> Where:
   return Where(
-    _whole(where.q_segments, 1, tiles.q_block, -1),
-    _whole(where.k_segments, 1, tiles.k_block, -1),
+    _whole(where.q_ids, 2, tiles.q_block, -1),
+    _whole(where.k_ids, 2, tiles.k_block, -1),
     where.q_offset,
   )
 
@@ -110,8 +110,8 @@ def _backward(features, both, saved, cotangents):
   rows = lambda x: _whole(x.transpose(0, 2, 1)[:, :, None], 3, tiles.q_block)
   whole = _whole_rows(where, tiles)
   inputs = Inputs(
-    q_segments=whole.q_segments[:, None],
-    k_segments=whole.k_segments[:, None],
+    q_ids=whole.q_ids,
+    k_ids=whole.k_ids,
     q=_tokens_last(_queries(q, features), tiles.q_block),
     d_out=_tokens_last(g, tiles.q_block),
     lse=rows(base_2),

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import attention_tile
+from kernels.flash_attention import cost
 from kernels.flash_attention import tiles as tiling
 from kernels.flash_attention.blocks import (
   DIAGONAL,
@@ -39,8 +40,8 @@ from kernels.flash_attention.tiles import Tiles
 class Inputs(NamedTuple):
   """What the kernel reads: arrays, the specs of their blocks, or references to blocks."""
 
-  q_segments: Any  # [B, 1, S] int32
-  k_segments: Any  # [B, 1, T] int32
+  q_ids: Any  # [B, 1 to 3, S] int32, see `tpu.Where`
+  k_ids: Any  # [B, 1 to 2, T] int32
   q: Any  # [B, H, K, S], multiplied by `attention_tile.query_factor`
   d_out: Any  # [B, H, V, S]
   lse: Any  # [B, H, 1, S] float32, in base 2, -MASKED for a query that sees nothing
@@ -85,8 +86,8 @@ def backward(
   (batch, heads, width, _), (_, groups, keys, _) = x.q.shape, x.k.shape
   value_width, share = x.v.shape[3], heads // groups
   live = live_blocks(
-    x.q_segments[:, 0],
-    x.k_segments[:, 0],
+    x.q_ids,
+    x.k_ids,
     q_offset,
     features,
     tiles.q_block,
@@ -99,10 +100,14 @@ def backward(
   per_query = lambda size: pl.BlockSpec((None, None, size, tiles.q_block), q_map)
   per_key = lambda size: pl.BlockSpec((None, None, tiles.k_block, size), k_map)
   columns = lambda size: pl.BlockSpec((None, None, size, tiles.k_block), k_column_map)
-  ids = lambda block, where: pl.BlockSpec((None, 1, block), where)
+  ids = lambda x, block, where: pl.BlockSpec((None, x.shape[1], block), where)
   in_specs = Inputs(
-    q_segments=ids(tiles.q_block, lambda g, i, r, row, other, *_: (batch_of(row[i]), 0, other[i])),
-    k_segments=ids(tiles.k_block, lambda g, i, r, row, *_: (batch_of(row[i]), 0, block_of(row[i]))),
+    q_ids=ids(
+      x.q_ids, tiles.q_block, lambda g, i, r, row, other, *_: (batch_of(row[i]), 0, other[i])
+    ),
+    k_ids=ids(
+      x.k_ids, tiles.k_block, lambda g, i, r, row, *_: (batch_of(row[i]), 0, block_of(row[i]))
+    ),
     q=per_query(width),
     d_out=per_query(value_width),
     lse=per_query(1),
@@ -142,6 +147,7 @@ def backward(
     ],
     input_output_aliases={4 + len(x): 0},
     compiler_params=tiling.compiler_params("parallel", "arbitrary", "arbitrary"),
+    cost_estimate=cost.backward(x, features, tiles),
     name="flash_attention_backward",
   )(live.row, live.other, live.flags, q_offset.reshape(1), *x, zeros)
 
@@ -239,7 +245,7 @@ def _add(x, sums, tile, product, d_weights, features: Features, start, first: bo
   logits = attention_tile.logits(product, features.soft_cap)
   if start is not None:
     here = start + a.start - c.start
-    seen = tiling.seen(x.q_segments[:, a], x.k_segments[:, c], features, here)
+    seen = tiling.seen(x.q_ids[:, a], x.k_ids[:, c], features, here)
     logits = jnp.where(seen, logits, MASKED)
   weights = jnp.exp2(logits - x.lse[:, a])
   d_logits = weights * (d_weights - x.delta[:, a])

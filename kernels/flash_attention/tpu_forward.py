@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import attention_tile
+from kernels.flash_attention import cost
 from kernels.flash_attention import tiles as tiling
 from kernels.flash_attention.blocks import (
   DIAGONAL,
@@ -36,8 +37,8 @@ def forward(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
-  q_segments: jax.Array,
-  k_segments: jax.Array,
+  q_ids: jax.Array,
+  k_ids: jax.Array,
   q_offset: jax.Array,
   sinks: jax.Array | None,
   features: Features,
@@ -49,7 +50,7 @@ def forward(
     q: [B, H, K, S], multiplied by `attention_tile.query_factor`.
     k: [B, G, T, K].
     v: [B, G, V, T].
-    q_segments, k_segments: [B, S] and [B, T] int32.
+    q_ids, k_ids: [B, 1 to 3, S] and [B, 1 to 2, T] int32, see `tpu.Where`.
     q_offset: [] int32.
     sinks: [H] float32, in base 2.
     features, tiles: S and T are whole blocks of the tiles.
@@ -59,25 +60,25 @@ def forward(
   """
   (batch, heads, width, queries), groups = q.shape, k.shape[1]
   value_width, share = v.shape[2], heads // groups
-  live = live_blocks(
-    q_segments, k_segments, q_offset, features, tiles.q_block, tiles.k_block, by_keys=False
-  )
+  live = live_blocks(q_ids, k_ids, q_offset, features, tiles.q_block, tiles.k_block, by_keys=False)
   q_map = lambda h, i, row, other, *_: (batch_of(row[i]), h, 0, block_of(row[i]))
   per_query = lambda size: pl.BlockSpec((None, None, size, tiles.q_block), q_map)
   k_map = lambda h, i, row, other, *_: (batch_of(row[i]), jax.lax.div(h, share), other[i], 0)
   v_map = lambda h, i, row, other, *_: (batch_of(row[i]), jax.lax.div(h, share), 0, other[i])
   in_specs = [
     pl.BlockSpec(
-      (None, 1, tiles.q_block), lambda h, i, row, *_: (batch_of(row[i]), 0, block_of(row[i]))
+      (None, q_ids.shape[1], tiles.q_block),
+      lambda h, i, row, *_: (batch_of(row[i]), 0, block_of(row[i])),
     ),
     pl.BlockSpec(
-      (None, 1, tiles.k_block), lambda h, i, row, other, *_: (batch_of(row[i]), 0, other[i])
+      (None, k_ids.shape[1], tiles.k_block),
+      lambda h, i, row, other, *_: (batch_of(row[i]), 0, other[i]),
     ),
     per_query(width),
     pl.BlockSpec((None, None, tiles.k_block, width), k_map),
     pl.BlockSpec((None, None, value_width, tiles.k_block), v_map),
   ]
-  inputs = [q_segments[:, None], k_segments[:, None], q, k, v]
+  inputs = [q_ids, k_ids, q, k, v]
   if sinks is not None:
     in_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
     inputs.append(sinks)
@@ -100,6 +101,7 @@ def forward(
       jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32, **where),
     ],
     compiler_params=tiling.compiler_params("parallel", "arbitrary"),
+    cost_estimate=cost.forward(q, k, v, features, tiles),
     name="flash_attention_forward",
   )(live.row, live.other, live.flags, q_offset.reshape(1), *inputs)
 

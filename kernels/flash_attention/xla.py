@@ -27,8 +27,8 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 class Where(NamedTuple):
   """Which key a query may see."""
 
-  q_segments: jax.Array  # [B, S] int32
-  k_segments: jax.Array  # [B, T] int32
+  q_ids: jax.Array  # [B, 1 to 3, S] int32, segment, prefix, position
+  k_ids: jax.Array  # [B, 1 to 2, T] int32, segment, position
   q_offset: jax.Array  # [] int32, read where there is no static one
 
 
@@ -37,8 +37,8 @@ def attention(
   k: jax.Array,
   v: jax.Array,
   *,
-  q_segments: jax.Array,
-  k_segments: jax.Array,
+  q_ids: jax.Array,
+  k_ids: jax.Array,
   q_offset: int | jax.Array,
   features: Features,
   sinks: jax.Array | None,
@@ -48,7 +48,7 @@ def attention(
   What no query of a block can see by its row is skipped where `q_offset` is a Python int.
   """
   static = q_offset if isinstance(q_offset, int) else None
-  where = Where(q_segments, k_segments, jnp.asarray(q_offset))
+  where = Where(q_ids, k_ids, jnp.asarray(q_offset))
   return _attention(q, k, v, sinks, where, features, static)
 
 
@@ -67,7 +67,8 @@ def _blocks(
   ends = [min(start + size, length) for start in range(0, length, size)]
   blocks = []
   for start, end in zip([0, *ends], ends):
-    first = 0 if features.window is None else max(0, offset + start - features.window + 1)
+    near = None if features.by_position else features.window  # in rows
+    first = 0 if near is None else max(0, offset + start - near + 1)
     last = min(keys, max(1, offset + end))  # at least one key, though nothing may see it
     blocks.append((slice(start, end), slice(min(first, last - 1), last)))
   return blocks
@@ -91,15 +92,15 @@ def _heads(rows: jax.Array, length: int) -> jax.Array:
 
 def _scores(rows, k, where: Where, own: slice, others: slice, features: Features, offset):
   """Scores [B, G, R s, t] of a block in float32, and which of them count."""
-  segments = where.q_segments[:, own, None]
-  seen = (segments == where.k_segments[:, None, others]) & (segments >= 0)
+  q_ids, k_ids = where.q_ids[:, :, own, None], where.k_ids[:, :, None, others]
+  segments = q_ids[:, :2]  # and prefixes
+  seen = ((segments == k_ids[:, :1]) & (segments >= 0)).any(1)
   if features.causal:
     first = where.q_offset if offset is None else offset
-    stands = first + jnp.arange(own.start, own.stop)[:, None]
-    keys = jnp.arange(others.start, others.stop)
-    seen &= stands >= keys
+    ago = first + jnp.arange(own.start, own.stop)[:, None] - jnp.arange(others.start, others.stop)
+    seen &= ago >= 0
     if features.window is not None:
-      seen &= stands - keys < features.window
+      seen &= (q_ids[:, 2] - k_ids[:, 1] if features.by_position else ago) < features.window
   seen = jnp.tile(seen[:, None], (1, 1, rows.shape[2] // seen.shape[1], 1))
   scores = _product("bgsk,bgtk->bgst", rows, k)
   if features.soft_cap is not None:

@@ -7,6 +7,7 @@ nothing. K is not cut in the grouped product: a tile of rows and one of a matrix
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,7 @@ def product(
     ),
     out_shape=varying.out((lhs.shape[0], width), lhs.dtype, lhs, rhs, group_sizes),
     compiler_params=_parameters(chip, ("parallel", "arbitrary")),
+    cost_estimate=_cost(lhs, rhs, (lhs.shape[0], width), pl.cdiv(width, columns), 1),
     name="grouped_matmul",
   )(*prefetched, lhs, rhs)
   return out[:count]
@@ -115,6 +117,7 @@ def product_by_group(
     ),
     out_shape=varying.out(shape, lhs.dtype, lhs, rhs, group_sizes),
     compiler_params=_parameters(chip, ("parallel", "parallel", "arbitrary")),
+    cost_estimate=_cost(lhs, rhs, shape, pl.cdiv(shape[2], columns), pl.cdiv(shape[1], depth)),
     name="grouped_matmul_by_group",
   )(*prefetched, lhs, rhs)
 
@@ -134,6 +137,18 @@ def _columns(size: int, most: int) -> int:
 def _pad_rows(x: jax.Array, multiple: int) -> jax.Array:
   more = -x.shape[0] % multiple
   return jnp.pad(x, ((0, more), (0, 0))) if more else x
+
+
+def _cost(lhs, rhs, out: tuple[int, ...], lhs_times: int, rhs_times: int) -> pl.CostEstimate:
+  """2 M K N FLOPs: as if every row were in a group. Each operand is fetched so many times."""
+  size = lambda x: x.size * x.dtype.itemsize
+  return pl.CostEstimate(
+    flops=2 * lhs.size * out[-1],
+    transcendentals=0,
+    bytes_accessed=lhs_times * size(lhs)
+    + rhs_times * size(rhs)
+    + math.prod(out) * lhs.dtype.itemsize,
+  )
 
 
 def _parameters(chip: str, semantics) -> pltpu.CompilerParams:

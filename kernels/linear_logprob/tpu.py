@@ -76,6 +76,7 @@ def partials(h: jax.Array, w: jax.Array, labels: jax.Array, options: Options) ->
       pltpu.VMEM((tile.rows, LANES), jnp.int32),
     ],
     compiler_params=_parameters(options),
+    cost_estimate=_cost(h, w, 1, h.size + grid[0] * w.size + 2 * h.shape[0] * LANES),
     name="linear_logprob_forward",
   )(h, w, _in_lanes([labels], tile.rows, -1))
   out = out[:count]
@@ -102,6 +103,8 @@ def gradients(
   def call(kernel, name, order, out_block, out_index, out_shape):
     """A pass over the grid; order: which of its two indices is of rows, which of tokens."""
     i, j = order
+    stays, passes = ((h, w)[axis] for axis in order)
+    moved = stays.size + shape[order[0]] * passes.size + out_shape.size + 2 * h.shape[0] * LANES
     return pl.pallas_call(
       functools.partial(kernel, **settings),
       grid=tuple(shape[axis] for axis in order),
@@ -118,6 +121,7 @@ def gradients(
         pltpu.VMEM(out_block, jnp.float32),
       ],
       compiler_params=_parameters(options),
+      cost_estimate=_cost(h, w, 2, moved),
       name=name,
     )(h, w, labels, coefficients)
 
@@ -153,6 +157,16 @@ def _in_lanes(columns: list[jax.Array], rows: int, value: float) -> jax.Array:
   x = jnp.concatenate(columns, axis=1)
   x = jnp.pad(x, ((0, 0), (0, LANES - x.shape[1])), constant_values=value)
   return _pad_rows(x, rows, value)
+
+
+def _cost(h: jax.Array, w: jax.Array, products: int, moved: int) -> pl.CostEstimate:
+  """So many products of h and w, and elements that the grid fetches and writes."""
+  logits = h.shape[0] * w.shape[0]
+  return pl.CostEstimate(
+    flops=2 * products * logits * h.shape[1],
+    transcendentals=logits,
+    bytes_accessed=moved * h.dtype.itemsize,
+  )
 
 
 def _parameters(options: Options) -> pltpu.CompilerParams:

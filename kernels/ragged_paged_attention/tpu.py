@@ -72,7 +72,9 @@ def attention(
     _new_keys(k_new, v_new, kv_scales, kv_pages.dtype, q.dtype, sizes),
     kv_pages,
   )
-  call = _call(Kernel(sizes, features, sinks is not None), given, len(work), return_lse, target)
+  static = Kernel(sizes, features, sinks is not None)
+  cost = _cost(q, kv_pages, len(work.row), static)
+  call = _call(static, given, len(work), return_lse, target, cost)
   out, kv_pages, *lse = call(*work, kv_lengths, q_starts, page_table.reshape(-1), *given)
   live = (jnp.arange(len(q)) < q_starts[-1])[:, None, None]
   first = pages.value_offset(k_new.shape[2], v_new.shape[2]) - sizes.value_lane
@@ -106,7 +108,28 @@ def _tokens(x: jax.Array, tokens: int, sizes: Layout) -> jax.Array:
   return x.transpose(1, 0, 2, 3).reshape(tokens, sizes.groups * sizes.repeat, -1)
 
 
-def _call(static: Kernel, given, prefetched: int, return_lse: bool, target: chips.Chip):
+def _cost(q: jax.Array, kv_pages: jax.Array, count: int, static: Kernel) -> pl.CostEstimate:
+  """The worst case: every step fetches, and every token sees, as many keys as a sequence may have
+  or as a window shows."""
+  sizes, item = static.sizes, kv_pages.dtype.itemsize
+  keys = sizes.pages * sizes.page
+  keys = min(keys, static.features.window or keys)
+  seen = q.shape[0] * q.shape[1] * keys
+  return pl.CostEstimate(
+    flops=2 * seen * (sizes.key_lanes + sizes.value_lanes),
+    transcendentals=seen,
+    bytes_accessed=count * sizes.groups * keys * sizes.width * item + 2 * q.size * q.dtype.itemsize,
+  )
+
+
+def _call(
+  static: Kernel,
+  given,
+  prefetched: int,
+  return_lse: bool,
+  target: chips.Chip,
+  cost: pl.CostEstimate,
+):
   sizes = static.sizes
   _, _, q, _, kv_pages = given
   hbm, smem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.SMEM)
@@ -133,6 +156,7 @@ def _call(static: Kernel, given, prefetched: int, return_lse: bool, target: chip
       has_side_effects=True,
       flags={"XLA_TPU_FORCE_LP_LLO_SCHEDULER": True},
     ),
+    cost_estimate=cost,
     name="ragged_paged_attention",
   )
 

@@ -7,6 +7,10 @@ on padding; a padding token attends to nothing and nothing attends to it. Every 
 aligned with the token it speaks of: `mask[b, t]` says whether predicting `tokens[b, t]` from what
 stands before it in its segment is trained. The first token of a segment has nothing before it, so
 its mask is 0.
+
+Completions of one prompt may share it (`data.shared_prompts`): it then stands once, without its
+last token, in positions that are in no segment, and each completion is a segment that begins with
+that token. `prefix_ids` say who belongs together.
 """
 
 import flax.struct
@@ -31,8 +35,8 @@ class PolicyBatch:
   """Packed rollouts for a policy-gradient step. The first four fields are as in `Batch`."""
 
   tokens: jax.Array  # [B, S] int32, 0 on padding
-  positions: jax.Array  # [B, S] int32, counted from 0 in each segment, 0 on padding
-  segment_ids: jax.Array  # [B, S] int32, -1 on padding
+  positions: jax.Array  # [B, S] int32, counted from 0 in each prompt, 0 on padding
+  segment_ids: jax.Array  # [B, S] int32, of completions; -1 on padding and on shared prompts
   mask: jax.Array  # [B, S] float32, 1 on completion tokens that are trained
   advantages: jax.Array  # [B, S] float32, 0 outside completions
   old_logprobs: jax.Array  # [B, S] float32, trainer log-prob before the first update, 0 outside
@@ -41,6 +45,9 @@ class PolicyBatch:
   positive: jax.Array  # [B, S] float32, 1 on trained tokens of right completions, 0 if unused
   returns: jax.Array  # [B, S] float32, what a critic learns, 0 without one
   old_values: jax.Array  # [B, S] float32, of the critic before the first update, 0 without one
+  # [B, S] int32, number of the shared prompt: on it, where no segment is, and on what follows; -1
+  # on padding. None: every segment begins with a prompt of its own.
+  prefix_ids: jax.Array | None = None
 
 
 @flax.struct.dataclass

@@ -67,11 +67,12 @@ def checked_group(group: Group) -> Group:
   return group._replace(completions=tuple(completions))
 
 
-def segments_of(plan: Plan, groups: Sequence[Group]) -> Plan:
-  """The plan over the M completions of all groups, in order, from a plan over the N groups."""
-  counts = np.array([len(group.completions) for group in groups], np.int64)
-  lengths = np.array([len(c.tokens) for group in groups for c in group.completions], np.int64)
-  owner = np.repeat(np.arange(len(groups)), counts)
+def segments_of(plan: Plan, parts: Sequence[Sequence[int]]) -> Plan:
+  """The plan over the M segments of all groups, in order, from a plan over the N groups and the
+  lengths of the segments of each."""
+  counts = np.array([len(group) for group in parts], np.int64)
+  lengths = np.array([length for group in parts for length in group], np.int64)
+  owner = np.repeat(np.arange(len(parts)), counts)
   row = plan.row[owner]
   kept = np.where(row >= 0, lengths, 0)
   before = np.cumsum(lengths) - lengths
@@ -93,7 +94,7 @@ def pack_groups(groups: Sequence[Group], plan: Plan) -> ComparisonBatch:
   mask of each first token of a segment becomes 0. Log-probs under the reference are 0 where a group
   has none, and where the mask is 0.
   """
-  flat = segments_of(plan, groups)
+  flat = segments_of(plan, [[len(c.tokens) for c in group.completions] for group in groups])
   completions = [completion for group in groups for completion in group.completions]
   rows = pack_rows(completions, flat)
   labels = [

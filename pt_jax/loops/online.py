@@ -261,7 +261,13 @@ class _Loop:
     stage, mesh = self.stage, self.context.mesh
     parts = np.split(np.arange(len(judged.completions)), stage.minibatches)
     packs = [
-      pack_rollouts(judged.take(rows).rollouts, stage.rows, stage.row_length) for rows in parts
+      pack_rollouts(
+        judged.take(rows).rollouts,
+        stage.rows,
+        stage.row_length,
+        share_prompts=stage.share_prompts,
+      )
+      for rows in parts
     ]
     put = lambda tree: sharding.put(tree, sharding.batch_spec(1), mesh)
     batches = [self._scored(put(pack.batch)) for pack in packs]

@@ -1,6 +1,7 @@
 """From problems to judged completions to packed policy batches: the host's part of online RL."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from pt_jax.data import packing
 from pt_jax.data.batch import PADDING_SEGMENT, PolicyBatch
+from pt_jax.data.shared_prompts import SharedPlan, pack_shared
 from pt_jax.data.tasks import Problem
 from pt_jax.data.tokenizers import Tokenizer
 from pt_jax.experiment import Problems
@@ -136,18 +138,19 @@ class Packed:
   (prompts included), A microbatches of B rows of S positions."""
 
   plan: packing.Plan  # of N completions in A * B rows
+  start: np.ndarray  # [N], the first of its tokens that the plan lays out
   drawn: np.ndarray  # [N, W] bool, the tokens that the policy chose
   batch: PolicyBatch  # leaves [A, B, S]; advantages, scores and returns are 0
 
   def lay_out(self, values: np.ndarray) -> np.ndarray:
     """[N, W] to [A, B, S] float32, 0 where no token stands."""
-    rows = packing.lay_out(self.plan, np.asarray(values, np.float32))
-    return rows.reshape(self.batch.tokens.shape)
+    values = _moved(np.asarray(values, np.float32), self.start)
+    return packing.lay_out(self.plan, values).reshape(self.batch.tokens.shape)
 
   def take_back(self, values: np.ndarray) -> np.ndarray:
     """[A, B, S] to [N, W]."""
     flat = np.asarray(values).reshape(-1, self.plan.row_length)
-    return packing.take_back(self.plan, flat, self.drawn.shape[1])
+    return _moved(packing.take_back(self.plan, flat, self.drawn.shape[1]), -self.start)
 
   def fields(self, credit: Credit) -> dict[str, np.ndarray]:
     """What credit decides of the batch: mask, advantages, returns, positive; [A, B, S] each."""
@@ -172,32 +175,67 @@ def chosen_tokens(rollouts: Rollouts) -> np.ndarray:
   return drawn_tokens(rollouts) & ~np.asarray(rollouts.forced)
 
 
-def pack_rollouts(rollouts: Rollouts, rows: int, row_length: int) -> Packed:
+def pack_rollouts(
+  rollouts: Rollouts, rows: int, row_length: int, *, share_prompts: bool = False
+) -> Packed:
   """Packs completions into a policy batch of [A, rows, row_length] NumPy arrays.
 
   A is the next power of two of what they need, so that few programs are compiled; the microbatches
   behind hold nothing and are not computed. All tokens of completions that the policy chose are in
-  the mask; what was forced upon it is read and not trained.
+  the mask; what was forced upon it is read and not trained. With `share_prompts`, completions of
+  equal prompts stand behind one, see `data.shared_prompts`.
   """
   r, drawn = rollouts, chosen_tokens(rollouts)
-  plan = packing.pack(r.length, row_length, rows_multiple=rows)
+  start, shared = np.zeros_like(r.length), None
+  if share_prompts:
+    starts = np.asarray(r.prompt_length)
+    prompts = [tokens[:n].tobytes() for tokens, n in zip(np.asarray(r.tokens), starts)]
+    lengths = np.asarray(r.length)
+    shared = pack_shared(prompts, starts, lengths, row_length, rows_multiple=rows)
+    start, plan = starts - 1, shared.completions
+  else:
+    plan = packing.pack(r.length, row_length, rows_multiple=rows)
   microbatches = 1 << (plan.rows // rows - 1).bit_length()
   plan = dataclasses.replace(plan, rows=microbatches * rows)
-  positions = np.broadcast_to(np.arange(drawn.shape[1]), drawn.shape)
-  mask = packing.lay_out(plan, drawn.astype(np.float32))
+  positions = np.broadcast_to(np.arange(drawn.shape[1], dtype=np.int32), drawn.shape)
+  lay_out = lambda values: packing.lay_out(plan, _moved(np.asarray(values), start))
+  mask = lay_out(drawn.astype(np.float32))
   zeros = np.zeros_like(mask)
   batch = PolicyBatch(
-    tokens=cast(Any, packing.lay_out(plan, np.asarray(r.tokens))),
-    positions=cast(Any, packing.lay_out(plan, positions, 0, np.int32)),
+    tokens=cast(Any, lay_out(r.tokens)),
+    positions=cast(Any, lay_out(positions)),
     segment_ids=cast(Any, packing.spread(plan, plan.segment, PADDING_SEGMENT, np.int32)),
     mask=cast(Any, mask),
-    sampler_logprobs=cast(
-      Any, packing.lay_out(plan, np.where(drawn, r.logprobs, 0).astype(np.float32))
-    ),
+    sampler_logprobs=cast(Any, lay_out(np.where(drawn, r.logprobs, 0).astype(np.float32))),
     **{name: cast(Any, zeros) for name in UNSCORED},
   )
+  if shared is not None:
+    batch = _with_prompts(batch, plan.rows, shared, np.asarray(r.tokens), positions)
   shape = (-1, rows, row_length)
-  return Packed(plan, drawn, jax.tree.map(lambda x: x.reshape(shape), batch))
+  return Packed(plan, start, drawn, jax.tree.map(lambda x: x.reshape(shape), batch))
+
+
+def _with_prompts(
+  batch: PolicyBatch, rows: int, shared: SharedPlan, tokens: np.ndarray, positions: np.ndarray
+) -> PolicyBatch:
+  """A batch [rows, S] of completions alone, with their prompts."""
+  plan, prompts = (dataclasses.replace(x, rows=rows) for x in shared[:2])
+  spread = functools.partial(packing.spread, fill=PADDING_SEGMENT, dtype=np.int32)
+  own, owner = packing.lay_out, shared.owner
+  return dataclasses.replace(
+    batch,
+    tokens=batch.tokens + own(prompts, tokens[owner]),
+    positions=batch.positions + own(prompts, positions[owner]),
+    prefix_ids=cast(Any, np.maximum(spread(plan, shared.prefix), spread(prompts, prompts.segment))),
+  )
+
+
+def _moved(values: np.ndarray, start: np.ndarray) -> np.ndarray:
+  """[N, W], each row moved to the left by its `start` [N] (to the right below 0), 0 where nothing
+  comes from."""
+  index = np.arange(values.shape[1]) + np.asarray(start)[:, None]
+  there = (index >= 0) & (index < values.shape[1])
+  return np.where(there, np.take_along_axis(values, np.where(there, index, 0), 1), 0)
 
 
 def rollout_metrics(judged: Judged) -> dict[str, float]:

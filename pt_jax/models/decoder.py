@@ -139,8 +139,13 @@ def embed(table_vd: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array
   return mapped(table_vd, tokens)
 
 
-def attend_packed(c: ModelConfig, segment_ids: jax.Array) -> Attend:
-  """Training attention: causal within the segments of a row. Keys are gathered over `context`."""
+def attend_packed(
+  c: ModelConfig, segment_ids: jax.Array, prefix_ids: jax.Array | None = None
+) -> Attend:
+  """Training attention: causal within the segments of a row, and of each to its prefix. Keys are
+  gathered over `context`."""
+  if prefix_ids is not None:
+    segment_ids = jnp.where(segment_ids < 0, prefix_ids, segment_ids)
 
   def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
     queries, keys = (
@@ -149,7 +154,7 @@ def attend_packed(c: ModelConfig, segment_ids: jax.Array) -> Attend:
     )
     row, whole_row = USE.spec("batch", "seq"), USE.spec("batch", None)
 
-    def local(q, k, v, q_segments, k_segments):
+    def local(q, k, v, q_segments, k_segments, q_prefixes=None):
       split = jax.lax.axis_size("context") > 1
       return flash_attention(
         q,
@@ -157,21 +162,29 @@ def attend_packed(c: ModelConfig, segment_ids: jax.Array) -> Attend:
         v,
         q_segments=q_segments,
         k_segments=k_segments,
+        q_prefixes=q_prefixes,
         q_offset=jax.lax.axis_index("context") * q.shape[1] if split else 0,
         scale=c.head_dim**-0.5,
         chip=chip(),
       )
 
     k, v = jax.reshard(k, keys), jax.reshard(v, keys)
+    ids = (segment_ids, jax.reshard(segment_ids, whole_row))
     specs = (queries, keys, keys, row, whole_row)
-    mapped = jax.shard_map(local, in_specs=specs, out_specs=queries)
-    return mapped(q, k, v, segment_ids, jax.reshard(segment_ids, whole_row)), None
+    if prefix_ids is not None:
+      ids, specs = (*ids, prefix_ids), (*specs, row)
+    return jax.shard_map(local, in_specs=specs, out_specs=queries)(q, k, v, *ids), None
 
   return attend
 
 
 def forward(
-  params: Params, c: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+  params: Params,
+  c: ModelConfig,
+  tokens: jax.Array,
+  positions: jax.Array,
+  segment_ids: jax.Array,
+  prefix_ids: jax.Array | None = None,
 ) -> jax.Array:
   """Final hidden states (after the last norm) of packed rows.
 
@@ -180,6 +193,7 @@ def forward(
     c: the model's configuration.
     tokens, positions, segment_ids: [B, S] int32, see `pt_jax.data.batch`. A position that is not
       below S gives NaN.
+    prefix_ids: [B, S] int32 where segments share prefixes, see `PolicyBatch`.
 
   Returns:
     [B, S, D] in the compute dtype. `models.logprobs` turns them into log-probs.
@@ -187,7 +201,7 @@ def forward(
   rows = table(c)
   x = embed(params["embed"], tokens, jnp.dtype(c.compute_dtype))
   angles = rope_angles(rope_table(c, tokens.shape[1]), positions)
-  attend = attend_packed(c, segment_ids)
+  attend = attend_packed(c, segment_ids, prefix_ids)
   block_rows = weights.map_table(Param.unstack, rows["blocks"])
 
   def layer(x: jax.Array, w: Params) -> tuple[jax.Array, None]:

@@ -34,10 +34,16 @@ def apply_head(params: Params, c: ModelConfig, hidden: jax.Array) -> jax.Array:
 
 
 def values(
-  params: Params, c: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+  params: Params,
+  c: ModelConfig,
+  tokens: jax.Array,
+  positions: jax.Array,
+  segment_ids: jax.Array,
+  prefix_ids: jax.Array | None = None,
 ) -> jax.Array:
   """[B, S, E] float32 of packed rows [B, S]; `params` is a tree of `table(c)`."""
-  return apply_head(params, c, decoder.forward(params, c, tokens, positions, segment_ids))
+  hidden = decoder.forward(params, c, tokens, positions, segment_ids, prefix_ids)
+  return apply_head(params, c, hidden)
 
 
 def from_decoder(params: Params, head: jax.Array) -> Params:

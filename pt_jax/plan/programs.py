@@ -24,7 +24,8 @@ from pt_jax.steps.state import TrainState, Updater
 from pt_jax.steps.supervised import RefreshedUpdater
 from pt_jax.weights import Params
 
-INTEGERS = ("tokens", "positions", "segment_ids", "group_ids")  # of a batch; the others are float32
+# Of a batch; the others are float32.
+INTEGERS = ("tokens", "positions", "segment_ids", "prefix_ids", "group_ids")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +196,8 @@ def _online(stage: Online, made: _Made) -> list[Program]:
       f"{stage.critic or stage.mix}"
     )
   state, batch = made.state(made.updater), made.batch(PolicyBatch)
+  if not stage.share_prompts:
+    batch = batch.replace(prefix_ids=None)
   held, given, passes = _train_state(state) | {"batch": batch}, {}, 0
   kl = stage.objective.kl
   if kl is not None:

@@ -11,7 +11,6 @@ no transposition of it. A row is copied from its pages when a sample sits down, 
 when it leaves something that others may use.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -46,7 +45,7 @@ def spec() -> jax.P:
 def parts() -> int:
   """D, of the mesh in context: how many pieces `spec` cuts the batch into."""
   sizes = jax.sharding.get_abstract_mesh().shape
-  return math.prod(sizes[axis] for axis in USE.batch)
+  return sizes["data"] * sizes["expert"]
 
 
 def _first(x: jax.Array) -> jax.P:
@@ -90,7 +89,7 @@ def resize(config: ModelConfig, view: View | None, source: jax.Array, length: in
     return Rows(fit(keys[source[0]], 3), fit(values[source[0]], 2))
 
   specs = (spec(), spec(), _first(source))
-  mapped = jax.shard_map(local, in_specs=specs, out_specs=Rows(spec(), spec()))
+  mapped = jax.shard_map(local, in_specs=specs, out_specs=spec())
   source = split(source)
   return tuple(mapped(own.keys, own.values, source) for own in view)
 
@@ -120,7 +119,7 @@ def seat(config: ModelConfig, view: View, pages: Pages, rows: jax.Array, table: 
     )
 
   specs = (spec(), spec(), spec(), _first(rows), _first(table))
-  mapped = jax.shard_map(local, in_specs=specs, out_specs=Rows(spec(), spec()))
+  mapped = jax.shard_map(local, in_specs=specs, out_specs=spec())
   rows, table = split(rows), split(table)
   return tuple(mapped(*own, some, rows, table) for own, some in zip(view, pages))
 
@@ -187,7 +186,7 @@ def attend_row(config: ModelConfig, own: Rows, position: jax.Array) -> Attend:
     heads = USE.spec("batch", None, "heads", None)
     kv_heads = USE.spec("batch", None, "kv_heads", None)
     specs = (heads, kv_heads, kv_heads, spec(), spec(), USE.spec("batch"))
-    mapped = jax.shard_map(local, in_specs=specs, out_specs=(heads, Rows(spec(), spec())))
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=(heads, spec()))
     return mapped(q, k, v, own.keys, own.values, position)
 
   return attend

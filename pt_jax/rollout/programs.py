@@ -244,6 +244,7 @@ def read(
     own = cache[i]
     if isinstance(own, kv.Rows):
       return kv.attend_row(c, own, rows.position)
+    assert rows.table is not None
     return kv.attend_pages(c, own, rows.position + 1, rows.table)
 
   x, kept = layers(w, c, x, decoder.rope_angles(table, positions), attend)

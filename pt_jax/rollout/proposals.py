@@ -24,7 +24,7 @@ from pt_jax.weights import Params
 MOST = 16  # proposals of a step; more are hardly ever all accepted
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Draft:
   """A smaller model that proposes. Its weights stay as they are when the policy's change."""
 

@@ -20,7 +20,8 @@ from pt_jax.weights import Params
 
 def token_values(params: Params, batch: PolicyBatch, config: ModelConfig) -> jax.Array:
   """[B, S] float32, the critic's value before each token of a batch [B, S]."""
-  after = heads.values(params, config, batch.tokens, batch.positions, batch.segment_ids)
+  rows = (batch.tokens, batch.positions, batch.segment_ids, batch.prefix_ids)
+  after = heads.values(params, config, *rows)
   return at_next_token(after[..., 0])
 
 

@@ -28,7 +28,9 @@ AnyBatch = Batch | PolicyBatch | ComparisonBatch
 
 def hidden_states(params: Params, batch: AnyBatch, config: ModelConfig) -> jax.Array:
   """[B, S, D] of a batch [B, S]."""
-  return decoder.forward(params, config, batch.tokens, batch.positions, batch.segment_ids)
+  shared = (batch.prefix_ids,) if isinstance(batch, PolicyBatch) else ()
+  rows = (batch.tokens, batch.positions, batch.segment_ids, *shared)
+  return decoder.forward(params, config, *rows)
 
 
 def statistics_of(

@@ -24,6 +24,7 @@ class Case(NamedTuple):
   window: int | None = None
   soft_cap: float | None = None
   sinks: bool = False
+  shared: bool = False  # segments continue shared prefixes; a window measures by position
 
   @property
   def features(self) -> dict:
@@ -43,6 +44,8 @@ class Data(NamedTuple):
   k_segments: np.ndarray
   d_out: np.ndarray
   d_lse: np.ndarray
+  q_prefixes: np.ndarray | None = None
+  positions: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def segment_rows(batch: int, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -58,22 +61,45 @@ def segment_rows(batch: int, length: int, rng: np.random.Generator) -> np.ndarra
   return rows
 
 
+def shared_rows(batch: int, length: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+  """Segments, prefixes and positions [B, T] int32 of rows that hold a prefix and its three
+  continuations, a segment of its own, padding, and a prefix with one."""
+  prefix_of = np.array([0, 0, 0, 0, -1, -1, 6, 6])
+  rows = []
+  for _ in range(batch):
+    cuts = np.sort(rng.choice(np.arange(1, length), 7, replace=False))
+    ids = np.searchsorted(cuts, np.arange(length), side="right")
+    starts = np.concatenate([[0], cuts])
+    lengths = np.diff([*starts, length])
+    after = np.where(prefix_of == np.arange(8), 0, np.where(prefix_of < 0, 0, lengths[prefix_of]))
+    positions = np.arange(length) - starts[ids] + after[ids]
+    rows.append((np.where(ids == 5, -1, ids), prefix_of[ids], positions))
+  segments, prefixes, positions = np.asarray(rows, np.int32).swapaxes(0, 1)
+  return segments, prefixes, positions
+
+
 def data(case: Case, seed: int = 0) -> Data:
   """Random arrays, of scores wide enough that a soft cap of 2 and sinks matter."""
   rng = np.random.default_rng(seed)
   normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
   b, s, t, h, g = case.batch, case.queries, case.keys, case.heads, case.groups
   length = max(t, case.offset + s)
-  segments = segment_rows(b, length, rng)
+  segments, shared = segment_rows(b, length, rng), {}
+  mine = lambda x: x[:, case.offset : case.offset + s]
+  if case.shared:
+    segments, prefixes, at = shared_rows(b, length, rng)
+    shared["q_prefixes"] = mine(prefixes)
+    shared["positions"] = None if case.window is None else (mine(at), at[:, :t])
   return Data(
     q=2 * normal(b, s, h, case.width),
     k=normal(b, t, g, case.width),
     v=normal(b, t, g, case.value_width),
     sinks=normal(h) if case.sinks else None,
-    q_segments=segments[:, case.offset : case.offset + s],
+    q_segments=mine(segments),
     k_segments=segments[:, :t],
     d_out=normal(b, s, h, case.value_width),
     d_lse=normal(b, s, h),
+    **shared,
   )
 
 
@@ -85,12 +111,13 @@ def numpy_attention(case: Case, x: Data) -> tuple[np.ndarray, np.ndarray]:
   for i, row, head in np.ndindex(b, s, h):
     group, place = head // (case.heads // case.groups), case.offset + row
     last = place + 1 if case.causal else case.keys
-    first = 0 if case.window is None else max(0, place + 1 - case.window)
-    mine = [
-      t
-      for t in range(first, min(last, case.keys))
-      if x.k_segments[i, t] == x.q_segments[i, row] >= 0
-    ]
+    ids = {x.q_segments[i, row], -1 if x.q_prefixes is None else x.q_prefixes[i, row]} - {-1, -3}
+    q_at, k_at = (place, np.arange(case.keys))
+    if x.positions is not None:
+      q_at, k_at = x.positions[0][i, row], x.positions[1][i]
+    window = 1 << 30 if case.window is None else case.window
+    may = range(min(last, case.keys))
+    mine = [t for t in may if x.k_segments[i, t] in ids and q_at - k_at[t] < window]
     scores = x.k[i, mine, group].astype(np.float64) @ x.q[i, row, head] / math.sqrt(case.width)
     if case.soft_cap is not None:
       scores = case.soft_cap * np.tanh(scores / case.soft_cap)
@@ -112,6 +139,8 @@ def _run(attend, case, options, gradients, x: Data, offset):
       q_segments=x.q_segments,
       k_segments=x.k_segments,
       q_offset=case.offset if offset is None else offset,
+      q_prefixes=x.q_prefixes,
+      positions=x.positions,
       return_lse=True,
       **case.features,
       **dict(options),

@@ -17,6 +17,8 @@ FEATURES = [
   Case(queries=15, offset=20, window=9, sinks=True),
   Case(causal=False, sinks=True),
   Case(queries=30, keys=12, window=4),  # the last rows see nothing
+  Case(shared=True),
+  Case(queries=25, offset=15, window=6, sinks=True, shared=True),
 ]
 
 
@@ -76,6 +78,19 @@ def test_any_shape_and_feature_is_numpys(draw):
     np.testing.assert_allclose(got, want, atol=2e-5, rtol=1e-5)
 
 
+def test_continuations_of_a_prefix_do_not_see_each_other():
+  """The first of three changes: the others do not, to the last bit; the prefix changes: all do."""
+  case = Case(batch=1, queries=200, keys=200, shared=True)
+  x = data(case)
+  out = lambda y: np.asarray(run(flash_attention, case, y, gradients=False)[0][0])
+  moved = {}
+  for name, segment in (("first", 1), ("prefix", 0)):
+    change = (x.k_segments == segment)[..., None, None].astype(np.float32)
+    different = (out(x) != out(x._replace(k=x.k + change, v=x.v + change))).any((1, 2))
+    moved[name] = set(x.k_segments[0][different])
+  assert moved == {"first": {1}, "prefix": {0, 1, 2, 3}}
+
+
 def test_bfloat16_is_near_float32():
   """Each gradient within a few roundings (2^-8) of its largest entry, in its input's dtype."""
   case = Case(queries=200, keys=200)
@@ -115,9 +130,14 @@ def test_what_a_query_may_not_see_is_not_read():
   assert np.abs(before[last] - after[last]).max() > 1e-2
 
 
+ZEROS = np.zeros((2, 40), np.int32)
+
+
 @pytest.mark.parametrize(
   ("change", "said"),
   [
+    ({"window": 4, "q_prefixes": ZEROS}, "expected positions with window=4 and q_prefixes"),
+    ({"positions": (ZEROS, ZEROS)}, "positions are read by a window only"),
     ({"window": 0}, "expected window >= 1, found 0"),
     ({"window": 4, "causal": False}, "expected causal=True"),
     ({"soft_cap": -1.0}, "expected soft_cap > 0, found -1.0"),

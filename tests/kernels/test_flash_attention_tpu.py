@@ -45,6 +45,9 @@ def on_tpu(case, x, tiles=SMALL, **options):
     # One shard of a context axis whose rows begin inside of a block; values wider than keys.
     (Case(2, 200, 500, 3, 3, 16, 48, offset=230, sinks=True, window=300), OBLONG),
     (Case(1, 130, 300, 4, 2, 192, 128, causal=False, soft_cap=3.0), OBLONG),
+    # Continuations of two prefixes; the window reaches over some but not all of each.
+    (Case(1, 300, 300, 2, 1, 16, 16, window=40, soft_cap=2.0, sinks=True, shared=True), SMALL),
+    (Case(2, 200, 500, 1, 1, 16, 16, offset=230, shared=True), OBLONG),
   ],
   ids=str,
 )
@@ -110,15 +113,20 @@ def test_live_blocks_are_those_that_hold_something():
   rng = np.random.default_rng(0)
   segments = np.sort(rng.integers(0, 12, (2, length))).astype(np.int32)
   segments[1, 300:] = -1
-  for window in (None, 200):
+  prefixes = np.where(segments < 0, -1, segments // 6 * 6)
+  for window, shared in ((None, False), (200, False), (None, True)):
     features = Features(1.0, window=window)
     ago = np.arange(length)[:, None] - np.arange(length)
-    mask = (segments[:, :, None] == segments[:, None]) & (segments >= 0)[:, :, None] & (ago >= 0)
-    mask &= ago < (window or length)
+    mask = segments[:, :, None] == segments[:, None]
+    if shared:
+      mask |= prefixes[:, :, None] == segments[:, None]
+    mask &= (segments >= 0)[:, :, None] & (ago >= 0) & (ago < (window or length))
+    q_ids = np.stack([segments, prefixes] if shared else [segments], 1)
     cut = mask.reshape(2, 8, block, 8, block)
     some, every = cut.any((2, 4)), cut.all((2, 4))
     for by_keys in (False, True):
-      found = live_blocks(segments, segments, jnp.int32(0), features, block, block, by_keys=by_keys)
+      ids = (q_ids, segments[:, None])
+      found = live_blocks(*ids, jnp.int32(0), features, block, block, by_keys=by_keys)
       kinds = np.zeros((2, 8, 8), np.int32)
       ends = []
       for row, other, flags in list(zip(*map(np.asarray, found[:3])))[: int(found.count)]:

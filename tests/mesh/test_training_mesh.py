@@ -46,8 +46,8 @@ OTHERS = [  # the rest of the supervised and of the policy step, and the critic'
   Case("psft", TENSOR, 1, 1, "packed"),
   Case("psft", BOTH, 3, 4, "unpacked"),
   Case("all", BOTH, 3, 2, "packed"),
-  Case("all", CONTEXT, 1, 1, "unpacked"),
-  Case("critic", CONTEXT, 3, 2, "packed"),
+  Case("all", CONTEXT, 1, 1, "shared"),
+  Case("critic", CONTEXT, 3, 2, "shared"),
   Case("critic", TENSOR, 1, 4, "unpacked"),
 ]
 EVERY = [

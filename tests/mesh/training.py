@@ -66,7 +66,7 @@ class Case(NamedTuple):
   mesh: tuple[int, int, int, int]  # data, context, expert, tensor
   zero: int
   microbatches: int
-  layout: str  # packed or unpacked
+  layout: str  # packed, unpacked, or shared: packed, with prompts as prefixes of completions
 
 
 class Outcome(NamedTuple):
@@ -120,11 +120,23 @@ def lay_out(per_row: int) -> dict[str, np.ndarray]:
   return batch
 
 
+def split_prompts(segments: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+  """Ids of the same rows, where all of a prompt but its last token is a prefix."""
+  ahead = np.pad(mask, ((0, 0), (0, 1)))[:, 1:]
+  later = np.where(segments < 0, -1, 2 * segments + np.maximum(mask, ahead).astype(np.int32))
+  return {
+    "segment_ids": np.where(later % 2 == 1, later, -1).astype(np.int32),
+    "prefix_ids": np.where(later < 0, -1, 2 * segments).astype(np.int32),
+  }
+
+
 def make_batch(case: Case) -> Batch | PolicyBatch:
   """The samples as [A, B, S], laid out and split as the case says, on the mesh in context."""
-  fields = lay_out(2 if case.layout == "packed" else 1)
+  fields = lay_out(1 if case.layout == "unpacked" else 2)
+  if case.layout == "shared":
+    fields |= split_prompts(fields["segment_ids"], fields["mask"])
   kind = Batch if case.kind in ("sft", "psft") else PolicyBatch
-  batch = kind(**{k: fields[k] for k in kind.__dataclass_fields__})
+  batch = kind(**{k: fields[k] for k in kind.__dataclass_fields__ if k in fields})
   batch = jax.tree.map(lambda x: x.reshape(case.microbatches, -1, LENGTH), batch)
   return jax.device_put(batch, sharding.batch_spec(1))
 

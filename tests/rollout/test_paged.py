@@ -216,13 +216,15 @@ def test_aborted_requests_give_their_pages_back():
 
 
 def test_programs_are_few():
-  engine = make_engine(slots=16, chunk=128)
-  rng = np.random.default_rng(0)
-  for _ in range(12):
-    lengths = rng.integers(1, 30, rng.integers(1, 30))
+  """Launches: rows 16 and 8, views of 32 and 48 positions. Prefills: chunks of 32, 128 and 512. The
+  rest moves 4, 8 or 16 samples of 1, 2 or 4 pages. Other requests need no others."""
+  engine, rng, counts = make_engine(slots=16), np.random.default_rng(0), []
+  for _ in range(16):
+    lengths = rng.integers(1, 30, rng.integers(1, 20))
     sampling = SamplingParams(max_tokens=int(rng.integers(1, 18)))
     engine.generate(tiny.prompts(lengths), sampling, key=jax.random.key(0))
-  assert engine.figures.compilations <= 2 + 3  # rows 16 and 8; chunks of 32, 64 and 128
+    counts.append(engine.figures.compilations)
+  assert counts[-1] <= 16 and counts[-1] - counts[7] <= 3
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ KINDS = ("old", "sampler", "reference")
 def batch(kind: type[Batch] | type[PolicyBatch], microbatches: int = 1, **changes):
   """A batch [A, B, S] on the mesh in context, with some fields replaced."""
   values = fields() | changes
-  values = {k: values[k] for k in kind.__dataclass_fields__}
+  values = {k: values[k] for k in kind.__dataclass_fields__ if k in values}
   made = kind(**{k: v.reshape(microbatches, -1, LENGTH) for k, v in values.items()})
   return jax.device_put(made, sharding.batch_spec(1))
 
