@@ -120,7 +120,8 @@ class Paged:
     )
     if self.paged:  # what is read past the pages of a sequence goes to the page of none
       more = -(-plan.tokens // self.shapes.rows)
-      table = np.pad(rows.table, ((0, 0), (0, more)), constant_values=self.shapes.pages)
+      wider = [(0, 0), (0, more)]
+      table: Any = np.pad(np.asarray(rows.table), wider, constant_values=self.shapes.pages)
       rows = dataclasses.replace(rows, table=table)
     held, drawn, tally = speculative.launch(
       tuple(weights),

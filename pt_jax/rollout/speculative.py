@@ -197,9 +197,9 @@ def attend_rows(config: ModelConfig, own: kv.Rows, places: jax.Array) -> decoder
   def attend(q: jax.Array, k: jax.Array, v: jax.Array):
     heads = USE.spec("batch", None, "heads", None)
     kv_heads = USE.spec("batch", None, "kv_heads", None)
-    held: Any = kv.Rows(*[kv.spec()] * 2)
+    held: Any = (kv.spec(), kv.spec())
     specs = (heads, kv_heads, kv_heads, *held, USE.spec("batch", None))
-    mapped = jax.shard_map(local, in_specs=specs, out_specs=(heads, held))
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=(heads, kv.Rows(*held)))
     return mapped(q, k, v, own.keys, own.values, places)
 
   return attend

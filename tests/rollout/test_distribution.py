@@ -11,6 +11,7 @@ from pt_jax import sharding
 from pt_jax.models import decoder
 from pt_jax.rollout.constraints import Grammars, regex
 from pt_jax.rollout.engine import Engine
+from pt_jax.rollout.proposals import Draft, Speculation
 from pt_jax.rollout.rollouts import SamplingParams
 from tests.rollout import tiny
 from tests.rollout.definitions import cut
@@ -29,11 +30,22 @@ class Letters:
     return [bytes([65 + i]) for i in range(VOCAB)]
 
 
-@pytest.fixture(scope="module")
-def engine():
+@pytest.fixture(scope="module", autouse=True)
+def mesh():
   with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
-    grammars = Grammars(Letters(), VOCAB)
-    yield Engine(tiny.MODEL, tiny.params(), slots=256, max_length=16, page=8, grammars=grammars)
+    yield
+
+
+@functools.cache
+def make_engine(speculation=None):
+  grammars = Grammars(Letters(), VOCAB)
+  options = {"slots": 256, "max_length": 16, "page": 8, "grammars": grammars}
+  return Engine(tiny.MODEL, tiny.params(), speculation=speculation, **options)
+
+
+@pytest.fixture
+def engine():
+  return make_engine()
 
 
 @functools.cache
@@ -66,9 +78,9 @@ def p_value(drawn, expected):
   return stats.chisquare(counts[some], means[some], sum_check=False).pvalue
 
 
-def draw(engine, **options):
-  """Two tokens of each sample, and what the engine says of them."""
-  sampling = SamplingParams(max_tokens=2, **options)
+def draw(engine, count=2, **options):
+  """The first tokens of each sample."""
+  sampling = SamplingParams(max_tokens=count, **options)
   found = engine.generate([PROMPT], sampling, key=jax.random.key(5), n=SAMPLES)
   return found.tokens[:, len(PROMPT) :]
 
@@ -92,6 +104,21 @@ def test_samples_are_the_models(engine, options):
   if [*options] == ["temperature"]:  # the test can fail
     wrong = pairs(cut(first, temperature=0.7), np.array([cut(z, temperature=0.7) for z in second]))
     assert p_value(drawn, wrong) < 1e-3
+
+
+@pytest.mark.parametrize("by_draft", [False, True])
+def test_samples_are_the_models_with_speculation(by_draft):
+  """The first two tokens of four: proposals are read in the step that draws them."""
+  options = {"temperature": 0.8, "top_p": 0.95}
+  rng = np.random.default_rng(0)
+  noisy = lambda w: (w * (1 + 0.05 * rng.normal(size=w.shape))).astype(w.dtype)
+  draft = Draft(tiny.MODEL, jax.tree.map(noisy, tiny.params())) if by_draft else None
+  engine = make_engine(Speculation(tokens=2, draft=draft))
+  first, second = logits()
+  expected = pairs(cut(first, **options), np.array([cut(z, **options) for z in second]))
+  drawn = draw(engine, count=4, **options)
+  assert p_value(drawn, expected) > 1e-3
+  assert 0.02 < engine.figures.accepted / engine.figures.proposed < 0.98
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}], ids=str)

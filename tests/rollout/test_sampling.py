@@ -1,12 +1,14 @@
 """Drawing a token against NumPy written from the definitions of top-k, min-p and top-p."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pt_jax.rollout.rollouts import SamplingParams
-from pt_jax.rollout.sampling import choose, keep_likely, sample
+from pt_jax.rollout.sampling import Needs, choose, draw, keep_likely, sample
 from tests.rollout.definitions import chi_square, kept, softmax
 
 ROWS = 20_000
@@ -17,15 +19,17 @@ def params(**options):
   return SamplingParams(max_tokens=1, **options)
 
 
-def draws(logits, options, rows=ROWS, seed=0):
+def draws(logits, options, rows=ROWS, seed=0, gumbel=False):
   keys = jax.random.split(jax.random.key(seed), rows)
-  tokens, logprobs = sample(jnp.broadcast_to(logits, (rows, len(logits))), keys, options)
+  needs = dataclasses.replace(Needs.of(options), gumbel=gumbel)
+  logits = jnp.broadcast_to(logits, (rows, len(logits)))
+  tokens, logprobs, _ = jax.jit(draw, static_argnums=(2, 3))(logits, keys, options, needs)
   return np.asarray(tokens), np.asarray(logprobs)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_the_distribution_is_the_softmax(temperature):
-  tokens, logprobs = draws(LOGITS, params(temperature=temperature))
+@pytest.mark.parametrize("temperature, gumbel", [(1.0, False), (0.6, False), (1.7, True)])
+def test_the_distribution_is_the_softmax(temperature, gumbel):
+  tokens, logprobs = draws(LOGITS, params(temperature=temperature), gumbel=gumbel)
   p = softmax(LOGITS, temperature)
   assert chi_square(tokens, p) > 1e-3
   np.testing.assert_allclose(logprobs, np.log(p)[tokens], atol=1e-5)
