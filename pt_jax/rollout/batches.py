@@ -16,11 +16,13 @@ from pt_jax.rollout.programs import Chunk, Rows
 from pt_jax.rollout.sampling import Needs
 from pt_jax.rollout.scheduler import Piece
 from pt_jax.rollout.sequence import Sample
+from pt_jax.rollout.speculative import History
 
 FEWEST_ROWS = 8  # fewer rows cost as much: a step reads all weights for each
 SHORTEST_VIEW = 128  # positions
 VIEW_STEP = 32  # positions that a view which never grows is rounded up to
 SHORTEST_CHUNK = 32  # tokens
+LOOK_BACK = 1024  # tokens of a sample that proposals are looked up in
 STOP_TOKENS = 4  # room for so many; more are rounded up to powers of two
 
 
@@ -139,9 +141,22 @@ def _allowed(shapes: Shapes, count: int, places: Sequence[tuple[int, Sample]]) -
     return None
   bits = np.repeat(guides.every_token(shapes.vocab_size)[None], count, 0)
   for row, sample in places:
-    if sample.guide is not None and sample.bound:
-      bits[row] = sample.guide.mask()
+    if sample.bound:
+      assert sample.mask is not None  # the engine has had it look
+      bits[row] = sample.mask
   return bits
+
+
+def history(shapes: Shapes, places: Sequence[tuple[int, Sample]], count: int, room: int) -> History:
+  """The last tokens of the samples of a launch of `count` rows, with room for so many more."""
+  look = min(shapes.max_length, LOOK_BACK)
+  tokens, first = np.zeros((count, look + room), np.int32), np.zeros(count, np.int32)
+  for row, sample in places:
+    first[row] = max(0, len(sample.tokens) - look)
+    own = sample.tokens[first[row] :]
+    tokens[row, : len(own)] = own
+  fields: Any = (tokens, first)
+  return History(*fields)
 
 
 def chunk(shapes: Shapes, parts: Sequence[Sequence[Piece]]) -> Chunk:
