@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from pt_jax.experiment import Online
 from pt_jax.plan import engine, estimate
-from pt_jax.plan.compile import Analysis, Measured, Plan
+from pt_jax.plan.compile import Plan
+from pt_jax.plan.measure import Analysis, Measured
 from pt_jax.plan.programs import model_of, work_of
 from pt_jax.plan.roofline import Roofline
 
@@ -52,6 +53,8 @@ def _engine(plan: Plan) -> list[str]:
 
 def _program(one: Measured, plan: Plan) -> list[str]:
   note = f"; {one.program.note}" if one.program.note else ""
+  if one.depths:
+    note = f" with {' and '.join(map(str, one.depths))} layers, and extrapolated{note}"
   lines = ["", f"{one.program.name} (compiled in {one.seconds:.0f} s{note})", *_memory(one)]
   if one.xla is None:
     return lines

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from pt_jax.experiment import Experiment, Stage
 from pt_jax.models.config import Remat
 from pt_jax.plan.choices import Choice, applied
-from pt_jax.plan.compile import Measured, Plan, plan_stage
+from pt_jax.plan.compile import Plan, plan_stage
 from pt_jax.plan.forecast import Forecast, forecast
+from pt_jax.plan.measure import Measured
 from pt_jax.plan.memory import MARGIN
 from pt_jax.plan.programs import check_mesh, work_of
 from pt_jax.plan.topology import Slice, mesh_on
