@@ -120,4 +120,5 @@ def _at_depths(
     found.append(measure(same, piece, mesh))
   if any(one.xla is None for one in found):
     return found[-1]  # it does not even fit with fewer
-  return extrapolated(program, *found, line)
+  shallow, deep = found
+  return extrapolated(program, shallow, deep, line)

@@ -67,8 +67,8 @@ def _collectives(
   for c in deep:
     old = before.get((c.kind, c.axes, c.dtype))
     along = lambda name, c=c, old=old: line.at(getattr(old, name, 0.0), getattr(c, name))
-    names = ("runs", "bytes", "moved", "beside")
-    found.append(dataclasses.replace(c, **{name: along(name) for name in names}))
+    numbers = [along(name) for name in ("runs", "bytes", "moved", "beside")]
+    found.append(Collective(c.kind, c.axes, c.dtype, *numbers))
   return tuple(found)
 
 

@@ -52,6 +52,7 @@ def sweep(
   fixed: Choice,
   count: int,
   tell: Callable[[str], None] = lambda text: None,
+  engine_layers: int | None = None,
 ) -> Sweep:
   """Compiles the `count` choices that closed forms put first.
 
@@ -62,6 +63,7 @@ def sweep(
     fixed: what is not None here is the same in every choice.
     count: choices that are compiled.
     tell: is told what is being compiled.
+    engine_layers: see `plan_stage`.
 
   Raises ValueError when no choice divides the model and the rows, or none has room.
   """
@@ -76,7 +78,9 @@ def sweep(
   picks = []
   for number, candidate in enumerate(fitting[:count]):
     say = lambda name, n=number, c=candidate: tell(f"{n + 1} of {count}, {c.choice}: {name}")
-    plan = plan_stage(experiment, stage, piece, candidate.choice, tell=say)
+    plan = plan_stage(
+      *(experiment, stage, piece, candidate.choice), tell=say, engine_layers=engine_layers
+    )
     picks.append(Pick(candidate, plan))
   picks.sort(key=lambda pick: (not pick.plan.fits, pick.plan.seconds))
   return Sweep(len(found), len(fitting), tuple(picks))
@@ -176,17 +180,3 @@ def _difference(plan: Plan, best: Plan) -> str:
 
 def _slowest(plan: Plan) -> Measured:
   return max(plan.programs, key=lambda one: one.program.calls * one.in_order)
-
-
-def changed(choice: Choice, given: Choice) -> list[str]:
-  """What of a choice is not as given, as options of `launch.plan`."""
-  mesh = lambda c: {name: size for name, size in (c.mesh or {}).items() if size > 1}
-  different = Choice(
-    mesh=choice.mesh if mesh(choice) != mesh(given) else None,
-    **{
-      field.name: getattr(choice, field.name)
-      for field in dataclasses.fields(Choice)
-      if field.name != "mesh" and getattr(choice, field.name) != getattr(given, field.name)
-    },
-  )
-  return [str(different)] if str(different) else []
