@@ -46,32 +46,34 @@ def _updater(table: Table) -> Updater:
   return Updater(optimizer, table, sharding.zero(1))
 
 
-def _start() -> tuple[ModelConfig, Updater, TrainState]:
+def start() -> tuple[ModelConfig, Updater, TrainState]:
+  """The model of `SPEC`, its updater and a train state of random weights."""
   config = _config()
   updater = _updater(decoder.table(config))
   make = lambda key: updater.create(decoder.init(key, config, updater.layout.params))
   return config, updater, jax.jit(make)(jax.random.key(0))
 
 
-def _put(batch: Any) -> Any:
+def put(batch: Any) -> Any:
+  """A batch [A, B, S] on the mesh in context."""
   return sharding.put(batch, sharding.batch_spec(1), jax.sharding.get_mesh())
 
 
 def _fields(packed: Packed, credit: Credit) -> Any:
   """What credit decides of a policy batch, on the mesh."""
-  return _put(packed.fields(credit))
+  return put(packed.fields(credit))
 
 
 def _sft() -> Callable[[int], int]:
   """`steps` updates on full rows."""
-  config, updater, state = _start()
+  config, updater, state = start()
   spec = SPEC["sft"]
   shape = (1, spec["batch"], spec["length"])
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
   positions = np.broadcast_to(np.arange(spec["length"], dtype=np.int32), shape)
   mask, ones = (positions > 0).astype(np.float32), np.ones(shape, np.float32)
   fields: Any = (tokens, positions, np.zeros_like(tokens), mask, ones)
-  batch = _put(Batch(*fields))
+  batch = put(Batch(*fields))
   step = functools.partial(supervised.sft_step, config=config, updater=updater, objective=sft())
   step = jax.jit(step, donate_argnums=0)
   box = [state]
@@ -90,7 +92,7 @@ def _prompts(count: int, length: int, vocab: int) -> list[list[int]]:
 
 def _generate() -> Callable[[int], int]:
   """One batch of sampled completions, none of which stops early."""
-  config, _, state = _start()
+  config, _, state = start()
   spec = SPEC["generate"]
   prompts = _prompts(spec["batch"], spec["prompt"], config.vocab_size)
   length = spec["prompt"] + spec["new_tokens"]
@@ -106,7 +108,7 @@ def _generate() -> Callable[[int], int]:
 
 def _mixed() -> Callable[[int], int]:
   """Requests of unlike lengths, all at once."""
-  config, _, state = _start()
+  config, _, state = start()
   spec, rng = SPEC["mixed"], np.random.default_rng(0)
   prompts = [rng.integers(0, config.vocab_size, k).tolist() for k in spec["prompts"]]
   length = max(map(sum, zip(spec["prompts"], spec["new_tokens"])))
@@ -141,7 +143,7 @@ def _rewards(rollouts: Rollouts) -> np.ndarray:
 
 def _grpo() -> Callable[[int], int]:
   """Sample, score, one update, new weights to the engine."""
-  config, updater, state = _start()
+  config, updater, state = start()
   spec = SPEC["grpo"]
   prompts = _prompts(spec["prompts"], spec["prompt"], config.vocab_size)
   length, count = spec["prompt"] + spec["new_tokens"], spec["prompts"] * spec["samples"]
@@ -167,7 +169,7 @@ def _grpo() -> Callable[[int], int]:
     packed = pack_rollouts(rollouts, rows=count, row_length=length)
     episodes = Episodes(_rewards(rollouts), np.zeros(count, bool), groups, packed.drawn)
     credit = assign_credit(episodes, objective=objective)
-    batch = dataclasses.replace(_put(packed.batch), **_fields(packed, credit))
+    batch = dataclasses.replace(put(packed.batch), **_fields(packed, credit))
     box[0], _ = step(box[0], batch)
     engine.update(box[0].params, i + 1)
     jax.block_until_ready(box[0])
@@ -178,7 +180,7 @@ def _grpo() -> Callable[[int], int]:
 
 def _dpo() -> Callable[[int], int]:
   """`steps` updates on full rows of two completions, and their log-probs under the reference."""
-  config, updater, state = _start()
+  config, updater, state = start()
   spec, rng = SPEC["dpo"], np.random.default_rng(0)
   length = spec["prompt"] + spec["completion"]
   mask = (np.arange(length) >= spec["prompt"]).astype(np.float32)
@@ -190,7 +192,7 @@ def _dpo() -> Callable[[int], int]:
 
   plan = one_per_row([2 * length] * spec["pairs"], 2 * length)
   batch = pack_groups([pair() for _ in range(spec["pairs"])], plan)
-  batch = _put(jax.tree.map(lambda x: x[None], batch))
+  batch = put(jax.tree.map(lambda x: x[None], batch))
   objective = preference_objective.dpo(spec["beta"])
   score = jax.jit(functools.partial(preference.score, config=config))
   step = jax.jit(
@@ -214,7 +216,7 @@ def _dpo() -> Callable[[int], int]:
 def _ppo() -> Callable[[int], int]:
   """Sample, score, values and log-probs, an update of the critic and one of the policy, new weights
   to the engine. One update on each batch, as the GRPO step has."""
-  config, updater, state = _start()
+  config, updater, state = start()
   spec = SPEC["ppo"]
   count, length = spec["prompts"], spec["prompt"] + spec["new_tokens"]
   prompts = _prompts(count, spec["prompt"], config.vocab_size)
@@ -237,7 +239,7 @@ def _ppo() -> Callable[[int], int]:
   def once(i: int) -> int:
     rollouts = engine.generate(prompts, sampling, key=jax.random.key(i))
     packed = pack_rollouts(rollouts, rows=count, row_length=length)
-    batch = _put(packed.batch)
+    batch = put(packed.batch)
     batch = dataclasses.replace(
       batch,
       old_logprobs=score(box[0].params, batch),
