@@ -1,7 +1,7 @@
 """What it saves to compute a prompt once for its completions: a GRPO update both ways.
 
   python -m launch.bench_prompts --group-size 8
-  python -m launch.bench_prompts --group-size 8 --shots 4 --row-length 8192
+  python -m launch.bench_prompts --prompts 2 --shots 2 --row-length 4096
 
 Questions are those of GSM8K in bytes; the completions of one are answers that the data set has for
 others, so that they have the lengths of answers. Both layouts have the same groups and row length
@@ -40,12 +40,12 @@ BLOCK = 1024  # rows of queries and keys that the kernel on v5e and v6e fetches 
 def main(
   *,
   data: str = "../shared/data/gsm8k/train.jsonl",
-  prompts: int = 8,
+  prompts: int = 4,
   group_size: int = 8,
   shots: int = 0,
-  row_length: int = 4096,
+  row_length: int = 2048,
   rows: int = 2,
-  repeats: int = 7,
+  repeats: int = 5,
   seed: int = 0,
 ) -> None:
   """Prints tokens, rows, live blocks of attention and seconds of an update, and their ratios.
@@ -110,7 +110,8 @@ def sampled(data: str, prompts: int, group_size: int, shots: int, seed: int) -> 
 
 
 def counted(pack: Packed) -> dict[str, float]:
-  """Tokens laid out, rows that hold some, and blocks of attention that hold anything."""
+  """Tokens laid out, rows of microbatches that hold some, and blocks of attention that hold
+  anything."""
   batch = pack.batch
   ids = [batch.segment_ids]
   if batch.prefix_ids is not None:
@@ -122,7 +123,8 @@ def counted(pack: Packed) -> dict[str, float]:
   live = live_blocks(q_ids, q_ids[:, :1], jnp.int32(0), Features(1.0), BLOCK, BLOCK, by_keys=False)
   flags = np.asarray(live.flags)[: int(live.count)]
   blocks = (flags & (FULL | PARTIAL | DIAGONAL) > 0).sum()
-  return {"tokens": (held >= 0).sum(), "rows": some.sum(), "live blocks": blocks}
+  rows = np.count_nonzero(some.reshape(len(batch.tokens), -1).any(1)) * batch.tokens.shape[1]
+  return {"tokens": (held >= 0).sum(), "rows": rows, "live blocks": blocks}
 
 
 def measured(packs: dict[bool, Packed], repeats: int) -> tuple[dict[bool, float], dict[bool, Any]]:
