@@ -123,7 +123,8 @@ def counted(pack: Packed) -> dict[str, float]:
   live = live_blocks(q_ids, q_ids[:, :1], jnp.int32(0), Features(1.0), BLOCK, BLOCK, by_keys=False)
   flags = np.asarray(live.flags)[: int(live.count)]
   blocks = (flags & (FULL | PARTIAL | DIAGONAL) > 0).sum()
-  rows = np.count_nonzero(some.reshape(len(batch.tokens), -1).any(1)) * batch.tokens.shape[1]
+  filled = np.count_nonzero(some.reshape(len(batch.tokens), -1).any(1))
+  rows = int(filled) * batch.tokens.shape[1]
   return {"tokens": (held >= 0).sum(), "rows": rows, "live blocks": blocks}
 
 

@@ -86,7 +86,7 @@ def _sft() -> Callable[[int], int]:
   return once
 
 
-def _prompts(count: int, length: int, vocab: int) -> list[list[int]]:
+def random_prompts(count: int, length: int, vocab: int) -> list[list[int]]:
   return np.random.default_rng(0).integers(0, vocab, (count, length)).tolist()
 
 
@@ -94,7 +94,7 @@ def _generate() -> Callable[[int], int]:
   """One batch of sampled completions, none of which stops early."""
   config, _, state = start()
   spec = SPEC["generate"]
-  prompts = _prompts(spec["batch"], spec["prompt"], config.vocab_size)
+  prompts = random_prompts(spec["batch"], spec["prompt"], config.vocab_size)
   length = spec["prompt"] + spec["new_tokens"]
   engine = Engine(config, state.params, slots=spec["batch"], max_length=length)
   sampling = SamplingParams(max_tokens=spec["new_tokens"])
@@ -145,7 +145,7 @@ def _grpo() -> Callable[[int], int]:
   """Sample, score, one update, new weights to the engine."""
   config, updater, state = start()
   spec = SPEC["grpo"]
-  prompts = _prompts(spec["prompts"], spec["prompt"], config.vocab_size)
+  prompts = random_prompts(spec["prompts"], spec["prompt"], config.vocab_size)
   length, count = spec["prompt"] + spec["new_tokens"], spec["prompts"] * spec["samples"]
   engine = Engine(config, state.params, slots=count, max_length=length)
   sampling = SamplingParams(max_tokens=spec["new_tokens"])
@@ -219,7 +219,7 @@ def _ppo() -> Callable[[int], int]:
   config, updater, state = start()
   spec = SPEC["ppo"]
   count, length = spec["prompts"], spec["prompt"] + spec["new_tokens"]
-  prompts = _prompts(count, spec["prompt"], config.vocab_size)
+  prompts = random_prompts(count, spec["prompt"], config.vocab_size)
   engine = Engine(config, state.params, slots=count, max_length=length)
   sampling, objective = SamplingParams(max_tokens=spec["new_tokens"]), objectives.ppo()
   reference = jax.tree.map(jnp.copy, state.params)

@@ -1,8 +1,8 @@
 """Host arrays of what is compiled: samples as the rows of a launch, pieces as a chunk of prefill.
 
 Shapes come from short lists, so the number of programs is bounded: rows of a launch are `slots`,
-or that halved until 8 are left; positions of its view 64, 128, 256... ; tokens of a chunk 32, 64,
-128...
+or that halved until 8 are left; positions of a view 128, 192, 256, 384, 512...; tokens of a chunk
+32, 128, 512...
 """
 
 import dataclasses
@@ -16,10 +16,13 @@ from pt_jax.rollout.programs import Chunk, Rows
 from pt_jax.rollout.sampling import Needs
 from pt_jax.rollout.scheduler import Piece
 from pt_jax.rollout.sequence import Sample
+from pt_jax.rollout.speculative import History
 
 FEWEST_ROWS = 8  # fewer rows cost as much: a step reads all weights for each
-SHORTEST_VIEW = 64  # positions
+SHORTEST_VIEW = 128  # positions
+VIEW_STEP = 32  # positions that a view which never grows is rounded up to
 SHORTEST_CHUNK = 32  # tokens
+LOOK_BACK = 1024  # tokens of a sample that proposals are looked up in
 STOP_TOKENS = 4  # room for so many; more are rounded up to powers of two
 
 
@@ -45,59 +48,64 @@ class Shapes:
       size //= 2
     return size
 
-  def view_pages(self, tokens: int) -> int:
-    """Pages of the view of a launch whose longest row has so many tokens."""
+  def view_pages(self, tokens: int, most: int) -> int:
+    """Pages of a view whose longest row has so many tokens now and at most `most` in the end."""
     size = SHORTEST_VIEW
     while size < tokens:
-      size *= 2
-    return min(-(-size // self.rows), self.pages_per_sample)
+      size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    most = -(-most // VIEW_STEP) * VIEW_STEP
+    return min(-(-min(size, most) // self.rows), self.pages_per_sample)
 
   def chunk_tokens(self, tokens: int) -> int:
     """Tokens of each part of a prefill for so many in the fullest part."""
     size = SHORTEST_CHUNK
     while size < tokens:
-      size *= 2
+      size *= 4
     return size
+
+  def few(self, count: int) -> int:
+    """Room for so many samples of each part whose keys and values are moved: 4, 8, 16..."""
+    return min(max(4, 1 << (count - 1).bit_length()), self.slots)
 
 
 def rows(
-  shapes: Shapes, parts: Sequence[Sequence[Sample]], view: int, tokens: int
-) -> tuple[Rows, Needs, list[tuple[int, Sample]]]:
-  """The rows of a launch.
+  shapes: Shapes, places: Sequence[tuple[int, Sample]], count: int, *, paged: bool
+) -> tuple[Rows, Needs]:
+  """The rows of a launch, and what they need together.
 
   Args:
     shapes: of the engine.
-    parts: samples of each part; their next `tokens` tokens have pages.
-    view: pages of the view.
-    tokens: that the launch has room for.
-
-  Returns the rows, what they need together, and (row, sample) for each sample.
+    places: (row, sample) of what is decoded; its next tokens have pages.
+    count: R.
+    paged: whether the launch works on pages.
   """
-  each = shapes.launch_rows(max(map(len, parts)))
-  count = each * len(parts)
-  places = [(p * each + i, s) for p, part in enumerate(parts) for i, s in enumerate(part)]
   whole = lambda *shape: np.zeros((count, *shape), np.int32)
   stops = max(len(s.request.sampling.stop_tokens) for _, s in places)
-  stops = max(STOP_TOKENS, 1 << (stops - 1).bit_length() if stops else 0)
-  written = -(-(shapes.rows - 1 + tokens) // shapes.rows)
+  stops = stop_room(stops)
   fields: dict[str, Any] = {
-    **{name: whole() for name in ("token", "position", "end", "number", "top_k", "first")},
+    **{name: whole() for name in ("token", "position", "end", "number", "top_k")},
     "active": np.zeros(count, bool),
     "key": np.zeros((count, *places[0][1].request.key.shape), np.uint32),
     "temperature": np.ones(count, np.float32),
     "top_p": np.ones(count, np.float32),
     "min_p": np.zeros(count, np.float32),
     "stop_tokens": np.full((count, stops), -1, np.int32),
-    "table": whole(view),
-    "write": np.full((count, written), shapes.pages, np.int32),
+    "table": np.full((count, shapes.pages_per_sample), shapes.pages, np.int32) if paged else None,
     "allowed": _allowed(shapes, count, places),
   }
+  if not paged:  # past the view: nothing is written where no sample is decoded
+    fields["position"][:] = shapes.pages_per_sample * shapes.rows
   needs = Needs()
   for row, sample in places:
-    _fill(fields, row, sample, shapes, view)
+    _fill(fields, row, sample, shapes)
     own = Needs.of(sample.request.sampling)
     needs = Needs(needs.cuts or own.cuts, max(needs.top, own.top))
-  return Rows(**fields), dataclasses.replace(needs, top=_reported(needs.top)), places
+  return Rows(**fields), dataclasses.replace(needs, top=_reported(needs.top))
+
+
+def stop_room(count: int) -> int:
+  """Room for so many stop tokens of a row."""
+  return max(STOP_TOKENS, 1 << (count - 1).bit_length() if count else 0)
 
 
 def _reported(top: int) -> int:
@@ -105,8 +113,8 @@ def _reported(top: int) -> int:
   return 1 << (top - 1).bit_length() if top else 0
 
 
-def _fill(fields: dict[str, Any], row: int, sample: Sample, shapes: Shapes, view: int) -> None:
-  request, first = sample.request, sample.computed // shapes.rows
+def _fill(fields: dict[str, Any], row: int, sample: Sample, shapes: Shapes) -> None:
+  request = sample.request
   sampling = request.sampling
   values = {
     "token": sample.tokens[-1],
@@ -119,17 +127,12 @@ def _fill(fields: dict[str, Any], row: int, sample: Sample, shapes: Shapes, view
     "top_k": sampling.top_k,
     "top_p": sampling.top_p,
     "min_p": sampling.min_p,
-    "first": first,
   }
   for name, value in values.items():
     fields[name][row] = value
   fields["stop_tokens"][row, : len(sampling.stop_tokens)] = sampling.stop_tokens
-  pages = sample.pages[:view]
-  fields["table"][row, : len(pages)] = pages
-  if sample.copied_from is not None:
-    fields["table"][row, first] = sample.copied_from
-  new = sample.pages[first : first + fields["write"].shape[1]]
-  fields["write"][row, : len(new)] = new
+  if fields["table"] is not None:
+    fields["table"][row, : len(sample.pages)] = sample.pages
 
 
 def _allowed(shapes: Shapes, count: int, places: Sequence[tuple[int, Sample]]) -> np.ndarray | None:
@@ -138,9 +141,22 @@ def _allowed(shapes: Shapes, count: int, places: Sequence[tuple[int, Sample]]) -
     return None
   bits = np.repeat(guides.every_token(shapes.vocab_size)[None], count, 0)
   for row, sample in places:
-    if sample.guide is not None and sample.bound:
-      bits[row] = sample.guide.mask()
+    if sample.bound:
+      assert sample.mask is not None  # the engine has had it look
+      bits[row] = sample.mask
   return bits
+
+
+def history(shapes: Shapes, places: Sequence[tuple[int, Sample]], count: int, room: int) -> History:
+  """The last tokens of the samples of a launch of `count` rows, with room for so many more."""
+  look = min(shapes.max_length, LOOK_BACK)
+  tokens, first = np.zeros((count, look + room), np.int32), np.zeros(count, np.int32)
+  for row, sample in places:
+    first[row] = max(0, len(sample.tokens) - look)
+    own = sample.tokens[first[row] :]
+    tokens[row, : len(own)] = own
+  fields: Any = (tokens, first)
+  return History(*fields)
 
 
 def chunk(shapes: Shapes, parts: Sequence[Sequence[Piece]]) -> Chunk:

@@ -13,6 +13,7 @@ Left out on purpose: adapters. A request would name one, its number would go int
 pages (`prefix.extend` takes a salt) and into `Rows`.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -21,10 +22,12 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from pt_jax import sharding
 from pt_jax.models.config import ModelConfig
-from pt_jax.rollout import batches, guides, programs
+from pt_jax.rollout import batches, cache, guides, memory, programs, speculative
 from pt_jax.rollout.constraints import Constraint
 from pt_jax.rollout.figures import EngineFigures
+from pt_jax.rollout.proposals import Speculation
 from pt_jax.rollout.rollouts import Detokenizer, Output, Rollouts, SamplingParams, StopReason
 from pt_jax.rollout.scheduler import Scheduler
 from pt_jax.rollout.sequence import Request, Sample
@@ -32,10 +35,9 @@ from pt_jax.weights import Params
 
 LAUNCH = 64  # tokens per sample and launch at most
 BETWEEN = 8  # tokens per sample and launch while prompts are being computed
-# A launch ends when one sample in REFILL has ended and others wait. Its view of the cache costs as
-# much as four steps: 384 completions of 35 tokens, 64 slots on two CPU devices, took 0.75 s with 3,
-# 0.80 s with 4 and 1.06 s with 8.
-REFILL = 3
+# A launch ends when one sample in REFILL has ended and others wait. 384 completions of 35 tokens,
+# 64 slots on two CPU devices: 0.68 s with 2 to 6, 0.73 s with 8.
+REFILL = 4
 PAGE = 32  # tokens of a page
 CHUNK = 512  # tokens of a prefill in each part of the batch axes
 
@@ -63,6 +65,8 @@ class Engine:
     page: int = PAGE,
     chunk: int = CHUNK,
     launch: int | None = None,
+    paged: bool | None = None,
+    speculation: Speculation | None = None,
   ):
     """Call it, and everything else, inside `jax.set_mesh`.
 
@@ -78,25 +82,32 @@ class Engine:
       page: tokens of a page; on a TPU a multiple of 32.
       chunk: tokens of a prompt that are computed before samples that run go on.
       launch: tokens per sample and launch, `LAUNCH` where absent: fewer come earlier.
+      paged: whether samples are decoded on their pages, and not on a view; by default on a TPU.
+      speculation: guess several tokens ahead and verify them together; by default not.
 
     Raises ValueError for sizes that do not fit.
     """
-    mesh = jax.sharding.get_abstract_mesh().shape
-    parts = mesh["data"] * mesh["expert"]
+    parts = cache.parts()
     _check_sizes(slots, parts, max_length, page, chunk, launch, pages)
-    each, most = slots // parts, -(-max_length // page)
-    # A sample needs one page more while the last page of a shared prompt is copied.
-    pages = (each + 1) * most + 1 if pages is None else pages
+    self._shapes = shapes_of(config, slots, max_length, parts, pages=pages, page=page)
+    each, pages = self._shapes.slots, self._shapes.pages
     self.config, self.slots, self.max_length = config, slots, max_length
     self.figures = EngineFigures(pages=pages * parts)
-    self._shapes = batches.Shapes(parts, each, pages, page, max_length, config.vocab_size)
     self._chunk, self._launch = chunk, launch
     self._detokenizer, self._grammars = detokenizer, grammars
     self._scheduler = Scheduler(parts=parts, slots=each, pages=pages, rows=page)
-    self._pages = programs.empty_pages(config, pages * parts, page)
+    paged = sharding.chip() is not None if paged is None else paged
+    draft = None if speculation is None else speculation.draft
+    models = (config,) if draft is None else (config, draft.config)
+    self._memory = (memory.Paged if paged else memory.Viewed)(models, self._shapes)
+    self._plan = None if speculation is None else speculation.plan(config)
+    self._weights: tuple[Params, ...] = ()
+    if draft is not None:
+      prepare = jax.jit(functools.partial(programs.use_layout, config=draft.config))
+      self._weights = ({}, prepare(draft.params))
+    self._caching, self._most = True, max_length
     self._requests: dict[int, Request] = {}
     self._number = 0
-    self._programs: set[Any] = set()
     self._prepare = jax.jit(functools.partial(programs.use_layout, config=config))
     self.update(params, version)
 
@@ -105,9 +116,10 @@ class Engine:
 
     Requests on their way pause; their tokens, log-probs and versions stay. What is computed of them
     is forgotten with all cached prefixes and computed again under the new weights, from which alone
-    the tokens behind are drawn.
+    the tokens behind are drawn. A draft model keeps its weights.
     """
-    self._weights = self._prepare(params)
+    draft, self._weights = self._weights[1:], ()  # the old ones make room for the new
+    self._weights = (self._prepare(params), *draft)
     self.version = version
     self._scheduler.clear()
 
@@ -143,10 +155,15 @@ class Engine:
     if self.unfinished:
       raise ValueError(f"generate: expected no request on its way, found {len(self._requests)}")
     self._scheduler.clear()
+    self._memory.clear()
+    self._caching = False
+    most = max(map(len, prompts)) + sampling.max_tokens
+    self._most = min(most, self.max_length)
     data = np.asarray(jax.random.key_data(key))
     asked = [self._ask(p, sampling, data, n, i * n) for i, p in enumerate(prompts)]
     while self.unfinished:
       self._step()
+    self._caching, self._most = True, self.max_length
     for request in asked:
       del self._requests[request.number]
     return _rollouts([sample for request in asked for sample in request.samples])
@@ -258,11 +275,7 @@ class Engine:
     """Computes a chunk of what has to be; returns whether more has to be."""
     parts = self._scheduler.pieces(self._chunk)
     if any(parts):
-      chunk = batches.chunk(self._shapes, parts)
-      self._count("prefill", chunk.tokens.shape)
-      self._pages = programs.prefill(
-        self._weights, self._pages, chunk, config=self.config, limit=self.max_length
-      )
+      self._memory.prefill(self._weights, parts)
       self.figures.prefills += 1
       for piece in (piece for part in parts for piece in part):
         self._scheduler.computed(piece.sample, piece.count)
@@ -276,45 +289,50 @@ class Engine:
     chosen = lambda: [
       [s for s in part if s.ready and s.bound == bound] for part in self._scheduler.running
     ]
+    failed = [s for part in chosen() for s in part if bound and not s.look()]
+    for sample in failed:
+      self._end(sample)
     ends = {s: s.border(self.max_length) for part in chosen() for s in part}
     steps = wanted
     for part in chosen():
       steps = min(steps, self._scheduler.reserve(part, steps, ends)) if part else steps
     parts = chosen()
     if not any(parts):
-      return []
-    view, steps = self._view(parts, steps)
-    rows, needs, places = batches.rows(self._shapes, parts, view, most)
-    self._count("launch", rows.table.shape, rows.stop_tokens.shape, needs, most, bound)
-    self._pages, drawn = programs.launch(
-      self._weights,
-      self._pages,
-      rows,
-      np.int32(steps),
-      np.int32(self._enough(len(places), len(rows.token))),
-      config=self.config,
-      needs=needs,
-      tokens=most,
-    )
+      return failed
+    ready = [[s for s in part if s.ready] for part in self._scheduler.running]
+    steps = self._memory.sit(ready, parts, steps, self._most)
+    for sample in (s for part in parts for s in part):
+      self._scheduler.copied(sample)
+    places, count = self._memory.places(parts)
+    rows, needs = batches.rows(self._shapes, places, count, paged=self._memory.paged)
+    until, plan = self._until(parts, count), self._plan
+    needs = dataclasses.replace(needs, gumbel=plan is not None and plan.draft is not None)
     self.figures.launches += 1
-    return self._collect(places, jax.device_get(drawn))
+    if plan is None or bound:
+      drawn = self._memory.launch(self._weights, rows, steps, until, needs, most)
+    else:
+      history = batches.history(self._shapes, places, count, most)
+      drawn, tally = self._memory.speculate(
+        self._weights, rows, history, steps, until, plan, needs, most
+      )
+      self._speculated(drawn, tally)
+    return failed + self._collect(places, drawn)
 
-  def _view(self, parts: Sequence[Sequence[Sample]], steps: int) -> tuple[int, int]:
-    """Pages of the view, and steps: where the view would have to be of the next size only for the
-    end of a launch, the launch is cut short instead."""
-    longest = max(s.computed for part in parts for s in part)
-    pages = self._shapes.view_pages(longest + 1)
-    room = pages * self._shapes.rows - longest
-    if room < steps and 4 * room < steps:
-      return self._shapes.view_pages(longest + steps), steps
-    return pages, min(steps, room)
+  def _speculated(self, drawn: programs.Drawn, tally: speculative.Tally) -> None:
+    figures = self.figures
+    figures.verified += int(tally.steps.sum())
+    figures.speculated += int(drawn.count.sum())
+    figures.proposed += int(tally.proposed.sum())
+    figures.accepted += int(tally.accepted.sum())
 
-  def _enough(self, samples: int, rows: int) -> int:
-    """How many samples have to end for a launch to return."""
+  def _until(self, parts: Sequence[Sequence[Sample]], rows: int) -> tuple[int, int]:
+    """A launch returns when so many samples have ended, or no more than so many of a part are
+    left: others wait, or fewer rows are enough."""
+    samples = sum(map(len, parts))
     if self._scheduler.waiting:
-      return max(1, samples // REFILL)
-    smaller = self._shapes.launch_rows(rows // self._shapes.parts // 2) * self._shapes.parts
-    return samples - smaller if smaller < samples else samples
+      return max(1, samples // REFILL), 0
+    fewer = self._shapes.launch_rows(rows // len(parts) // 2)
+    return samples, fewer if fewer < max(map(len, parts)) else 0
 
   def _collect(self, places: Sequence[tuple[int, Sample]], drawn: programs.Drawn) -> list[Sample]:
     """Hands tokens to their samples and frees what the ones that ended had."""
@@ -324,30 +342,34 @@ class Engine:
     for row, sample in places:
       count, before = int(drawn.count[row]), sample.drawn
       if not count:
-        self._scheduler.copied(sample)
         continue
       self.figures.prefilled += before == 0  # the launch read the last token of the prompt
       top = _top(drawn, row, count, sample.request.sampling.top_logprobs)
       sample.take(tokens[row][:count], logprobs[row][:count], top, self.version, self.max_length)
-      self._scheduler.copied(sample)
-      self._scheduler.computed(sample, sample.drawn - before)
+      sample.computed += sample.drawn - before
       self.figures.generated += sample.drawn - before
       if sample.first_at is None:
         sample.first_at = time.perf_counter() - sample.request.submitted
-      if sample.stop is not None:
-        self._scheduler.finish(sample)
-        self._finished(sample)
       changed.append(sample)
+    ended = [sample for sample in changed if sample.stop is not None]
+    if self._caching:
+      self._memory.store(ended)
+    for sample in ended:
+      if self._caching:
+        self._scheduler.publish(sample)
+      self._end(sample)
     return changed
 
-  def _finished(self, sample: Sample) -> None:
+  def _end(self, sample: Sample) -> None:
+    """Frees what a sample had that has ended, and counts it."""
+    self._scheduler.finish(sample)
     figures = self.figures
     figures.finished += 1
     figures.queue_seconds += sample.seated_at or 0.0
     first = sample.first_at or 0.0
     figures.first_token_seconds += first
     figures.decode_seconds += time.perf_counter() - sample.request.submitted - first
-    figures.decoded += sample.drawn - 1
+    figures.decoded += max(sample.drawn - 1, 0)
 
   def _held(self) -> int:
     return sum(cache.pool.held for cache in self._scheduler.caches)
@@ -357,11 +379,27 @@ class Engine:
     figures.seconds += seconds
     figures.preemptions, figures.prefix_hits = scheduler.preemptions, scheduler.hits
     figures.pages_held = self._held()
+    figures.compilations = len(self._memory.programs)
 
-  def _count(self, *program: Any) -> None:
-    """Counts a program when it is asked for the first time."""
-    self._programs.add(program)
-    self.figures.compilations = len(self._programs)
+
+def shapes_of(
+  config: ModelConfig,
+  slots: int,
+  max_length: int,
+  parts: int,
+  *,
+  pages: int | None = None,
+  page: int = PAGE,
+) -> batches.Shapes:
+  """What the arrays of an engine look like; see `Engine` for the arguments.
+
+  Args:
+    parts: of the mesh's batch axes.
+  """
+  each, most = slots // parts, -(-max_length // page)
+  # A sample needs one page more while the last page of a shared prompt is copied.
+  pages = (each + 1) * most + 1 if pages is None else pages
+  return batches.Shapes(parts, each, pages, page, max_length, config.vocab_size)
 
 
 def _check_sizes(
@@ -400,11 +438,12 @@ def _rollouts(samples: Sequence[Sample]) -> Rollouts:
   length = np.array([len(s.tokens) for s in samples], np.int32)
   shape = (len(samples), int(length.max()))
   tokens, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-  version = np.full(shape, -1, np.int32)
+  version, forced = np.full(shape, -1, np.int32), np.zeros(shape, bool)
   for i, sample in enumerate(samples):
     tokens[i, : length[i]] = sample.tokens
     drawn = slice(start[i], length[i])
     logprobs[i, drawn], version[i, drawn] = sample.logprobs, sample.versions
+    forced[i, sample.forced] = True
   stop = np.array([s.stop for s in samples], np.int8)
-  fields: Any = (tokens, start, length, logprobs, version, stop)
+  fields: Any = (tokens, start, length, logprobs, version, stop, forced)
   return Rollouts(*fields)

@@ -1,9 +1,9 @@
-"""What the engine compiles: prefill, which computes pieces of sequences, and the launch, which
-draws.
+"""What the engine compiles: prefill, which computes pieces of sequences, the launch, which draws,
+and what moves keys and values between pages and the view (`cache`).
 
 Letters: D parts of the batch axes, S tokens of a prefill in each part, N sequences of each part, P
 pages of a sequence, R rows of a launch (of all parts, one part after the other), C tokens per row
-that a launch may draw, w pages that a row may write, V vocabulary.
+that a launch may draw, V vocabulary.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kernels.ragged_paged_attention import ragged_paged_attention
 from pt_jax import weights
 from pt_jax.models import decoder
 from pt_jax.models.config import ModelConfig
@@ -51,9 +50,7 @@ class Rows:
   top_p: jax.Array  # [R] float32
   min_p: jax.Array  # [R] float32
   stop_tokens: jax.Array  # [R, any] int32, -1 for none
-  table: jax.Array  # [R, T / page] int32, pages that are read
-  first: jax.Array  # [R] int32, which of its pages a row writes to first
-  write: jax.Array  # [R, w] int32, pages that are written; past the end for none
+  table: jax.Array | None  # [R, P] int32, pages of the part; None where a launch has a view
   allowed: jax.Array | None  # [R, V / 32] uint32, see `guides`
 
 
@@ -69,8 +66,12 @@ class Drawn:
 
 
 def use_layout(params: Params, *, config: ModelConfig) -> Params:
-  """Parameters where they are used, blocks as a list of layers."""
+  """Parameters where they are used, blocks as a list of layers. Matrices are in the compute dtype,
+  in which every step reads them; gains of norms, which are used in float32, stay."""
   table = decoder.table(config)
+  matrix = lambda row: any(axis not in (None, "layer") for axis in row.axes)
+  cast = lambda row, w: w.astype(config.compute_dtype) if matrix(row) else w
+  params = weights.map_table(cast, table, params)
   rows = {"embed": table["embed"], "final_norm": table["final_norm"]}
   top = {name: weights.reshard(params[name], row, USE) for name, row in rows.items()}
   top["unembed"] = decoder.unembedding(params, config)
@@ -79,13 +80,15 @@ def use_layout(params: Params, *, config: ModelConfig) -> Params:
   return top | {"blocks": [layer(i) for i in range(config.layers)]}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def empty_pages(config: ModelConfig, pages: int, rows: int) -> kv.Pages:
-  """See `cache.empty`."""
-  return kv.empty(config, pages, rows)
+# See the functions of `cache`.
+empty_pages = jax.jit(kv.empty, static_argnums=(0, 1, 2))
+resize = jax.jit(kv.resize, static_argnums=(0, 3))
+seat = jax.jit(kv.seat, static_argnums=0, donate_argnums=1)
+store = jax.jit(kv.store, static_argnums=0, donate_argnums=1)
+copy = jax.jit(kv.copy, donate_argnums=0)
 
 
-def _layers(w: Params, c: ModelConfig, x: jax.Array, angles: Any, attend: Any) -> Any:
+def layers(w: Params, c: ModelConfig, x: jax.Array, angles: Any, attend: Any) -> Any:
   """All blocks, one after the other; `attend(i)` is the attention of layer i."""
   kept = []
   for i, layer in enumerate(w["blocks"]):
@@ -107,44 +110,18 @@ def prefill(
     config: the model. Static.
     limit: positions are below it. Static.
   """
-  place = lambda x, *rest: jax.reshard(x, USE.spec("batch", *(None,) * (x.ndim - 1)))
   tokens, positions = (
     jax.reshard(x, USE.spec("batch", "seq")) for x in (chunk.tokens, chunk.positions)
   )
-  places = [place(x) for x in (chunk.lengths, chunk.table, chunk.starts)]
-  heads, groups = (USE.spec("batch", None, name, None) for name in ("heads", "kv_heads"))
-  row, table = USE.spec("batch", None), USE.spec("batch", None, None)
-
-  def local(q, k, v, own, lengths, table, starts):
-    out, own = ragged_paged_attention(
-      q[0],
-      k[0],
-      v[0],
-      own,
-      kv_lengths=lengths[0],
-      page_table=table[0],
-      q_starts=starts[0],
-      scale=config.head_dim**-0.5,
-    )
-    return out[None], own
-
-  def attend(i: int) -> decoder.Attend:
-    specs = (heads, groups, groups, kv.spec(), row, table, row)
-    mapped = jax.shard_map(local, in_specs=specs, out_specs=(heads, kv.spec()), check_vma=False)
-
-    def attention(q: jax.Array, k: jax.Array, v: jax.Array):
-      q, k, v = jax.reshard(q, heads), jax.reshard(k, groups), jax.reshard(v, groups)
-      return mapped(q, k, v, pages[i], *places)
-
-    return attention
-
+  places = [kv.split(x) for x in (chunk.lengths, chunk.table, chunk.starts)]
+  attend = lambda i: kv.attend_pages(config, pages[i], *places)
   x = decoder.embed(w["embed"], tokens, jnp.dtype(config.compute_dtype))
   angles = decoder.rope_angles(decoder.rope_table(config, limit), positions)
-  _, kept = _layers(w, config, x, angles, attend)
+  _, kept = layers(w, config, x, angles, attend)
   return tuple(kept)
 
 
-def _draw(w: Params, hidden: jax.Array, rows: Rows, position: jax.Array, needs: Needs):
+def draw_tokens(w: Params, hidden: jax.Array, rows: Rows, position: jax.Array, needs: Needs):
   """Logits of hidden [R, width], and a token of each row, drawn by its key folded with where the
   token will stand. Returns what `sampling.draw` does."""
   logits = jnp.einsum(
@@ -174,37 +151,42 @@ def unpack(bits: jax.Array, vocab_size: int) -> jax.Array:
   return (shifted & 1).astype(bool).reshape(bits.shape[0], -1)[:, :vocab_size]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "needs", "tokens"), donate_argnums=1)
+@functools.partial(
+  jax.jit, static_argnames=("config", "needs", "tokens", "limit"), donate_argnums=1
+)
 def launch(
   w: Params,
-  pages: kv.Pages,
+  cache: kv.View | kv.Pages,
   rows: Rows,
   steps: jax.Array,
   enough: jax.Array,
+  few: jax.Array,
   *,
   config: ModelConfig,
   needs: Needs,
   tokens: int,
-) -> tuple[kv.Pages, Drawn]:
-  """Draws up to `steps` tokens per active row, until `enough` of these rows have ended.
+  limit: int,
+) -> tuple[kv.View | kv.Pages, Drawn]:
+  """Draws up to `steps` tokens per active row, until `enough` of these rows have ended or no part
+  has more than `few` left.
 
   Args:
     w: weights of `use_layout`.
-    pages: of all sequences.
-    rows: what is decoded.
+    cache: pages of all sequences where `rows` has a table of them, else the view.
+    rows: what is decoded. Those that are not active are read again and again in place: where no
+      sample sits, the table names a page that no other has.
     steps: [] int32, at most `tokens`.
-    enough: [] int32.
+    enough, few: [] int32.
     config: the model. Static.
     needs: of all rows together. Static.
     tokens: C, room for what is drawn. Static.
+    limit: positions are below it. Static.
   """
-  place = lambda x: jax.reshard(x, USE.spec("batch", *(None,) * (x.ndim - 1)))
-  rows = jax.tree.map(place, rows)
-  view = kv.gather(config, pages, rows.table)
+  rows = jax.tree.map(kv.split, rows)
   count = rows.token.shape[0]
-  # The step after the last one of a row writes no further than the view.
-  table = decoder.rope_table(config, view.values[0].shape[2])
+  table = decoder.rope_table(config, limit)
   running = jnp.sum(rows.active)
+  parts = rows.active.reshape(kv.parts(), -1).shape
 
   def zeros(dtype: Any, *more: int) -> jax.Array:
     where = USE.spec("batch", *(None,) * len(more))
@@ -221,13 +203,14 @@ def launch(
 
   def unfinished(carry: Any) -> jax.Array:
     step, rows, _, _ = carry
-    return (step < steps) & (running - jnp.sum(rows.active) < enough)
+    left = jnp.sum(rows.active.reshape(parts), 1)
+    return (step < steps) & (running - jnp.sum(left) < enough) & (jnp.max(left) > few)
 
   def step(carry: Any) -> Any:
-    i, rows, view, drawn = carry
-    hidden, view = _read(w, rows, view, table, config)
+    i, rows, cache, drawn = carry
+    hidden, cache = read(w, rows, cache, table, config)
     position = rows.position + 1
-    token, logprob, best = _draw(w, hidden, rows, position, needs)
+    token, logprob, best = draw_tokens(w, hidden, rows, position, needs)
     put = lambda into, x: into.at[:, i].set(
       jnp.where(rows.active.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
     )
@@ -246,24 +229,27 @@ def launch(
       position=jnp.where(go_on, position, rows.position),
       active=go_on,
     )
-    return i + 1, rows, view, drawn
+    return i + 1, rows, cache, drawn
 
-  start = (jnp.int32(0), rows, view, empty)
-  _, _, view, drawn = jax.lax.while_loop(unfinished, step, start)
-  pages = kv.write_back(config, pages, view, rows.first, rows.write)
+  start = (jnp.int32(0), rows, cache, empty)
+  _, _, cache, drawn = jax.lax.while_loop(unfinished, step, start)
   whole = lambda x: jax.reshard(x, P(*(None,) * x.ndim))  # every host reads every token
-  return pages, jax.tree.map(whole, drawn)
+  return cache, jax.tree.map(whole, drawn)
 
 
-def _read(
-  w: Params, rows: Rows, view: kv.View, table: decoder.Angles, c: ModelConfig
-) -> tuple[jax.Array, kv.View]:
-  """Reads the token of every row: final hidden states [R, width] and the view that now holds it."""
+def read(
+  w: Params, rows: Rows, cache: kv.View | kv.Pages, table: decoder.Angles, c: ModelConfig
+) -> tuple[jax.Array, kv.View | kv.Pages]:
+  """Reads the token of every row: final hidden states [R, width], and the cache that now has it."""
   tokens, positions = rows.token[:, None], rows.position[:, None]
   x = decoder.embed(w["embed"], tokens, jnp.dtype(c.compute_dtype))
 
   def attend(i: int) -> decoder.Attend:
-    return kv.attend_cached(c, view.keys[i], view.values[i], rows.position)
+    own = cache[i]
+    if isinstance(own, kv.Rows):
+      return kv.attend_row(c, own, rows.position)
+    assert rows.table is not None
+    return kv.attend_pages(c, own, rows.position + 1, rows.table)
 
-  x, kept = _layers(w, c, x, decoder.rope_angles(table, positions), attend)
-  return x[:, 0], kv.View(*zip(*kept))
+  x, kept = layers(w, c, x, decoder.rope_angles(table, positions), attend)
+  return x[:, 0], tuple(kept)

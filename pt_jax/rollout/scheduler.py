@@ -153,14 +153,18 @@ class Scheduler:
     return out
 
   def computed(self, sample: Sample, count: int) -> None:
-    """The next `count` tokens of the sample now are in its pages."""
+    """The next `count` tokens of the sample have been computed, into its pages."""
     sample.computed += count
+    self.publish(sample, sample.computed - count)
+    self._lead(sample)
+
+  def publish(self, sample: Sample, start: int = 0) -> None:
+    """Lets others find the full pages of what was computed of the sample from `start` on."""
     prefix.extend(sample.chain, sample.tokens, self.rows)
     cache, pending = self.caches[sample.part], self._pending[sample.part]
-    for i in range((sample.computed - count) // self.rows, sample.computed // self.rows):
+    for i in range(start // self.rows, sample.computed // self.rows):
       cache.insert(sample.chain[i], sample.pages[i])
       pending.discard(sample.chain[i])
-    self._lead(sample)
 
   def _lead(self, sample: Sample) -> None:
     """Holds the prompt's pages for the samples that have not begun, once they are computed."""
@@ -266,7 +270,7 @@ class Scheduler:
     self._pending[part].difference_update(sample.chain)
     for page in reversed(sample.pages):  # the end of a sequence is the first to be reused
       self.caches[part].pool.release(page)
-    sample.pages, sample.computed, sample.part = [], 0, -1
+    sample.pages, sample.computed, sample.part, sample.row = [], 0, -1, -1
     if sample.request.leader.get(part) is sample:
       del sample.request.leader[part]
 
