@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from kernels.flash_attention.blocks import DIAGONAL, FULL, PARTIAL, live_blocks
+from kernels.flash_attention.blocks import is_dead, live_blocks
 from kernels.flash_attention.reference import Features
 from launch import bench_tasks, host
 from launch.bench_peers.spec import SPEC
@@ -120,9 +120,9 @@ def counted(pack: Packed) -> dict[str, float]:
   held = np.asarray(q_ids[:, 0])
   some = (held >= 0).any(1)
   q_ids = q_ids[some]
-  live = live_blocks(q_ids, q_ids[:, :1], jnp.int32(0), Features(1.0), BLOCK, BLOCK, by_keys=False)
-  flags = np.asarray(live.flags)[: int(live.count)]
-  blocks = (flags & (FULL | PARTIAL | DIAGONAL) > 0).sum()
+  ids = (q_ids, q_ids[:, :1], jnp.int32(0), Features(1.0))
+  live = live_blocks(*ids, BLOCK, BLOCK, by_keys=False, parts=1)
+  blocks = int(np.count_nonzero(~is_dead(live.flags)[: int(live.count)]))
   filled = np.count_nonzero(some.reshape(len(batch.tokens), -1).any(1))
   rows = int(filled) * batch.tokens.shape[1]
   return {"tokens": (held >= 0).sum(), "rows": rows, "live blocks": blocks}
