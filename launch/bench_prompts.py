@@ -13,7 +13,7 @@ import functools
 import statistics
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -105,8 +105,9 @@ def sampled(data: str, prompts: int, group_size: int, shots: int, seed: int) -> 
   for i, (prompt, answer) in enumerate(made):
     tokens[i, : length[i]] = [*prompt, *answer]
   logprobs = np.zeros(tokens.shape, np.float32)
-  fields: Any = (tokens, starts, length, logprobs, np.zeros_like(tokens), np.zeros(len(made)))
-  return Rollouts(*fields)
+  fields: Any = {"tokens": tokens, "prompt_length": starts, "length": length, "logprobs": logprobs}
+  fields |= {"version": np.zeros_like(tokens), "stop": np.zeros(len(made), np.int8)}
+  return Rollouts(**fields, forced=cast(Any, np.zeros(tokens.shape, bool)))
 
 
 def counted(pack: Packed) -> dict[str, float]:
