@@ -112,8 +112,8 @@ def _schedule(kernel: str, chip: str) -> str:
   if found is None:
     return ""
   return (
-    f"static schedule of {found.case}: {found.turn:,.0f} cycles a turn, {found.cycles:,.0f} a call, "
-    f"{found.spills:,} spills"
+    f"static schedule of {found.case}: {found.turn:,.0f} cycles a turn, "
+    f"{found.cycles:,.0f} a call, {found.spills:,} spills"
   )
 
 

@@ -1,5 +1,5 @@
-"""Static schedules of the kernels of a program, from the checked-in budget: those of the named shape
-that is nearest, as `python -m kernels.schedule` measured it for the same chip."""
+"""Static schedules of the kernels of a program, from the checked-in budget: those of a named shape
+for the same chip, as `python -m kernels.schedule` measured them."""
 
 import dataclasses
 
