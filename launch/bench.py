@@ -28,6 +28,7 @@ from pt_jax import sharding
 
 Task = Literal["sft", "generate", "mixed", "grpo", "dpo", "ppo"]
 TASKS: tuple[Task, ...] = typing.get_args(Task)
+OURS = ""  # the interpreter that runs this
 PEERS: dict[Task, dict[str, str]] = {  # task -> script -> variable that names its interpreter
   "sft": {
     "trl_sft.py": "PT_JAX_TRL_PYTHON",
@@ -38,7 +39,11 @@ PEERS: dict[Task, dict[str, str]] = {  # task -> script -> variable that names i
     "transformers_generate.py": "PT_JAX_TRL_PYTHON",
     "tunix_generate.py": "PT_JAX_TUNIX_PYTHON",
   },
-  "mixed": {"transformers_mixed.py": "PT_JAX_TRL_PYTHON"},
+  "mixed": {
+    "first_engine.py": OURS,
+    "transformers_mixed.py": "PT_JAX_TRL_PYTHON",
+    "tunix_mixed.py": "PT_JAX_TUNIX_PYTHON",
+  },
   "grpo": {"trl_grpo.py": "PT_JAX_TRL_PYTHON", "tunix_grpo.py": "PT_JAX_TUNIX_PYTHON"},
   "dpo": {"trl_dpo.py": "PT_JAX_TRL_PYTHON"},
   "ppo": {},  # TRL 1.16 has none
@@ -58,7 +63,7 @@ def main(tasks: tuple[Task, ...] = TASKS) -> None:
     ours, tokens = measure(task)
     _row(task, "pt_jax", ours, tokens, None)
     for script, variable in PEERS[task].items():
-      interpreter = os.environ.get(variable)
+      interpreter = sys.executable if variable == OURS else os.environ.get(variable)
       if not interpreter:
         print(f"{task:9} {script:28} left out: {variable} names no interpreter")
         continue

@@ -46,7 +46,7 @@ def _updater(table: Table) -> Updater:
   return Updater(optimizer, table, sharding.zero(1))
 
 
-def _start() -> tuple[ModelConfig, Updater, TrainState]:
+def start() -> tuple[ModelConfig, Updater, TrainState]:
   config = _config()
   updater = _updater(decoder.table(config))
   make = lambda key: updater.create(decoder.init(key, config, updater.layout.params))
@@ -64,7 +64,7 @@ def _fields(packed: Packed, credit: Credit) -> Any:
 
 def _sft() -> Callable[[int], int]:
   """`steps` updates on full rows."""
-  config, updater, state = _start()
+  config, updater, state = start()
   spec = SPEC["sft"]
   shape = (1, spec["batch"], spec["length"])
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
@@ -84,15 +84,15 @@ def _sft() -> Callable[[int], int]:
   return once
 
 
-def _prompts(count: int, length: int, vocab: int) -> list[list[int]]:
+def random_prompts(count: int, length: int, vocab: int) -> list[list[int]]:
   return np.random.default_rng(0).integers(0, vocab, (count, length)).tolist()
 
 
 def _generate() -> Callable[[int], int]:
   """One batch of sampled completions, none of which stops early."""
-  config, _, state = _start()
+  config, _, state = start()
   spec = SPEC["generate"]
-  prompts = _prompts(spec["batch"], spec["prompt"], config.vocab_size)
+  prompts = random_prompts(spec["batch"], spec["prompt"], config.vocab_size)
   length = spec["prompt"] + spec["new_tokens"]
   engine = Engine(config, state.params, slots=spec["batch"], max_length=length)
   sampling = SamplingParams(max_tokens=spec["new_tokens"])
@@ -106,7 +106,7 @@ def _generate() -> Callable[[int], int]:
 
 def _mixed() -> Callable[[int], int]:
   """Requests of unlike lengths, all at once."""
-  config, _, state = _start()
+  config, _, state = start()
   spec, rng = SPEC["mixed"], np.random.default_rng(0)
   prompts = [rng.integers(0, config.vocab_size, k).tolist() for k in spec["prompts"]]
   length = max(map(sum, zip(spec["prompts"], spec["new_tokens"])))
@@ -141,9 +141,9 @@ def _rewards(rollouts: Rollouts) -> np.ndarray:
 
 def _grpo() -> Callable[[int], int]:
   """Sample, score, one update, new weights to the engine."""
-  config, updater, state = _start()
+  config, updater, state = start()
   spec = SPEC["grpo"]
-  prompts = _prompts(spec["prompts"], spec["prompt"], config.vocab_size)
+  prompts = random_prompts(spec["prompts"], spec["prompt"], config.vocab_size)
   length, count = spec["prompt"] + spec["new_tokens"], spec["prompts"] * spec["samples"]
   engine = Engine(config, state.params, slots=count, max_length=length)
   sampling = SamplingParams(max_tokens=spec["new_tokens"])
@@ -178,7 +178,7 @@ def _grpo() -> Callable[[int], int]:
 
 def _dpo() -> Callable[[int], int]:
   """`steps` updates on full rows of two completions, and their log-probs under the reference."""
-  config, updater, state = _start()
+  config, updater, state = start()
   spec, rng = SPEC["dpo"], np.random.default_rng(0)
   length = spec["prompt"] + spec["completion"]
   mask = (np.arange(length) >= spec["prompt"]).astype(np.float32)
@@ -214,10 +214,10 @@ def _dpo() -> Callable[[int], int]:
 def _ppo() -> Callable[[int], int]:
   """Sample, score, values and log-probs, an update of the critic and one of the policy, new weights
   to the engine. One update on each batch, as the GRPO step has."""
-  config, updater, state = _start()
+  config, updater, state = start()
   spec = SPEC["ppo"]
   count, length = spec["prompts"], spec["prompt"] + spec["new_tokens"]
-  prompts = _prompts(count, spec["prompt"], config.vocab_size)
+  prompts = random_prompts(count, spec["prompt"], config.vocab_size)
   engine = Engine(config, state.params, slots=count, max_length=length)
   sampling, objective = SamplingParams(max_tokens=spec["new_tokens"]), objectives.ppo()
   reference = jax.tree.map(jnp.copy, state.params)

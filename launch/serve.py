@@ -25,6 +25,7 @@ from launch import host
 from pt_jax import sharding
 from pt_jax.experiment import MeshShape
 from pt_jax.rollout.engine import Engine
+from pt_jax.rollout.proposals import Draft, Speculation
 from pt_jax.serve.app import make_app
 from pt_jax.serve.load import Source, find
 from pt_jax.serve.metrics import Metrics
@@ -59,6 +60,14 @@ class Serve:
   """Completions decoded at once."""
   launch: int = 8
   """Tokens of a completion that are drawn before the server looks for new requests and sends."""
+  speculate: int = 0
+  """Tokens that are guessed at once and verified together, 1 to 16; 0 guesses none. The answers
+  stay the same."""
+  speculate_ngram: int = 3
+  """The last tokens, at most so many, are looked up in the text: what followed is the guess."""
+  speculate_draft: Path | None = None
+  """A smaller model with the same tokenizer that guesses instead, a folder as the first argument.
+  It draws in its own way: the same seed gives other answers than without."""
   scores: bool = True
   """Log-probs of prompts (echo with logprobs). They need the weights a second time in memory."""
   mesh: MeshShape = dataclasses.field(default_factory=lambda: MeshShape(data=1))
@@ -148,9 +157,12 @@ def prepare(options: Serve) -> Server:
     host.use_cpu(max(1, options.mesh.data) * options.mesh.tensor)
   mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh))
   with jax.set_mesh(mesh):
+    speculation = _speculation(options, mesh)
+    if speculation is not None:
+      speculation.plan(source.config)  # raises for a draft that does not fit
     params = [source.params(mesh)]  # a list, so that the engine's thread can take them away
   metrics = Metrics()
-  make_engine = lambda: make(source, served, params.pop(), options)
+  make_engine = lambda: make(source, served, params.pop(), options, speculation)
   worker = Worker(served.name, make_engine, mesh, metrics)
   app = make_app(served, worker, metrics, options.limits)
   config = uvicorn.Config(
@@ -165,7 +177,25 @@ def prepare(options: Serve) -> Server:
   return Server(config, worker, options.drain_seconds)
 
 
-def make(source: Source, served: Served, params: Params, options: Serve) -> Made:
+def _speculation(options: Serve, mesh: jax.sharding.Mesh) -> Speculation | None:
+  if not options.speculate:
+    if options.speculate_draft is not None:
+      raise ValueError("speculate-draft: expected --speculate of 1 or more beside it, found 0")
+    return None
+  draft = None
+  if options.speculate_draft is not None:
+    source = find(options.speculate_draft)
+    draft = Draft(source.config, source.params(mesh))
+  return Speculation(options.speculate, options.speculate_ngram, draft)
+
+
+def make(
+  source: Source,
+  served: Served,
+  params: Params,
+  options: Serve,
+  speculation: Speculation | None = None,
+) -> Made:
   """The engine, and what scores prompts."""
   engine = Engine(
     source.config,
@@ -175,6 +205,7 @@ def make(source: Source, served: Served, params: Params, options: Serve) -> Made
     detokenizer=served.detokenizer,
     grammars=served.grammars,
     launch=options.launch,
+    speculation=speculation,
   )
   scorer = Scorer(source.config, params, MOST_LOGPROBS) if served.scores else None
   return engine, scorer

@@ -17,7 +17,8 @@ The peers' scripts, and the variable that names an interpreter which has them:
 
   PT_JAX_TRL_PYTHON    trl_sft.py, transformers_sft.py, transformers_generate.py,
                        transformers_mixed.py, trl_grpo.py, trl_dpo.py
-  PT_JAX_TUNIX_PYTHON  tunix_sft.py, tunix_generate.py, tunix_grpo.py
+  PT_JAX_TUNIX_PYTHON  tunix_sft.py, tunix_generate.py, tunix_mixed.py, tunix_grpo.py
+  none, our own        first_engine.py, which needs the history of the repository
 """
 
 SPEC = {

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from pt_jax.data.tokenizers import Tokenizer
-from pt_jax.loops.rollouts import Judged, drawn_tokens, read_completions
+from pt_jax.loops.rollouts import Judged, chosen_tokens, read_completions
 from pt_jax.rewards.stack import RewardStack
 from pt_jax.rewards.verifiers import Completion
 from pt_jax.rollout.engine import Engine
@@ -18,14 +18,15 @@ from pt_jax.rollout.rollouts import SamplingParams, StopReason
 
 
 def step_ends(judged: Judged, tokenizer: Tokenizer, mark: str) -> np.ndarray:
-  """[N, W] bool: tokens of completions whose text holds the mark, and the last token of each.
+  """[N, W] bool: tokens of completions whose text holds the mark, and the last chosen one of each.
 
   A stop token right behind a mark is no step of its own: it belongs to the one before.
   """
   rollouts = judged.rollouts
-  tokens, drawn = np.asarray(rollouts.tokens), drawn_tokens(rollouts)
+  tokens, drawn = np.asarray(rollouts.tokens), chosen_tokens(rollouts)
   marks = [t for t in np.unique(tokens[drawn]).tolist() if mark in tokenizer.decode([t])]
-  last = np.arange(drawn.shape[1]) == np.asarray(rollouts.length)[:, None] - 1
+  places = np.arange(drawn.shape[1])
+  last = places == np.max(np.where(drawn, places, -1), axis=1)[:, None]
   marked = drawn & np.isin(tokens, marks)
   stopped = (np.asarray(rollouts.stop) == StopReason.TOKEN)[:, None]
   after_mark = np.pad(marked[:, :-1], ((0, 0), (1, 0)))

@@ -147,11 +147,13 @@ def _row(judged: Judged, i: int) -> dict[str, Any]:
 
 
 def _example(judged: Judged, i: int, answer_of: int | None = None) -> Example:
-  """Prompt i and its completion, or the completion of another; the completion is trained."""
+  """Prompt i and its completion, or the completion of another; the completion is trained, less
+  what was forced."""
   r, other = judged.rollouts, i if answer_of is None else answer_of
   prompt = np.asarray(r.tokens[i, : r.prompt_length[i]])
-  answer = np.asarray(r.tokens[other, r.prompt_length[other] : r.length[other]])
-  mask = np.r_[np.zeros(len(prompt)), np.ones(len(answer))].astype(np.float32)
+  own = slice(r.prompt_length[other], r.length[other])
+  answer, chosen = np.asarray(r.tokens[other, own]), ~np.asarray(r.forced[other, own])
+  mask = np.r_[np.zeros(len(prompt)), chosen].astype(np.float32)
   return Example(np.concatenate([prompt, answer]).astype(np.int32), mask)
 
 

@@ -113,7 +113,11 @@ def concatenate(parts: Sequence[Judged]) -> Judged:
       x, ((0, 0), (0, width - x.shape[1])), constant_values=fill
     )
     return dataclasses.replace(
-      r, tokens=pad(r.tokens, 0), logprobs=pad(r.logprobs, 0), version=pad(r.version, -1)
+      r,
+      tokens=pad(r.tokens, 0),
+      logprobs=pad(r.logprobs, 0),
+      version=pad(r.version, -1),
+      forced=pad(r.forced, False),
     )
 
   rewards = Rewards(
@@ -135,7 +139,7 @@ class Packed:
 
   plan: packing.Plan  # of N completions in A * B rows
   start: np.ndarray  # [N], the first of its tokens that the plan lays out
-  drawn: np.ndarray  # [N, W] bool, the tokens of completions
+  drawn: np.ndarray  # [N, W] bool, the tokens that the policy chose
   batch: PolicyBatch  # leaves [A, B, S]; advantages, scores and returns are 0
 
   def lay_out(self, values: np.ndarray) -> np.ndarray:
@@ -166,16 +170,22 @@ def drawn_tokens(rollouts: Rollouts) -> np.ndarray:
   return (index >= start) & (index < stop)
 
 
+def chosen_tokens(rollouts: Rollouts) -> np.ndarray:
+  """[N, W] bool, which tokens of completions the policy chose: not those that were forced."""
+  return drawn_tokens(rollouts) & ~np.asarray(rollouts.forced)
+
+
 def pack_rollouts(
   rollouts: Rollouts, rows: int, row_length: int, *, share_prompts: bool = False
 ) -> Packed:
   """Packs completions into a policy batch of [A, rows, row_length] NumPy arrays.
 
   A is the next power of two of what they need, so that few programs are compiled; the microbatches
-  behind hold nothing and are not computed. All tokens of completions are in the mask. With
-  `share_prompts`, completions of equal prompts stand behind one, see `data.shared_prompts`.
+  behind hold nothing and are not computed. All tokens of completions that the policy chose are in
+  the mask; what was forced upon it is read and not trained. With `share_prompts`, completions of
+  equal prompts stand behind one, see `data.shared_prompts`.
   """
-  r, drawn = rollouts, drawn_tokens(rollouts)
+  r, drawn = rollouts, chosen_tokens(rollouts)
   start, shared = np.zeros_like(r.length), None
   if share_prompts:
     starts = np.asarray(r.prompt_length)

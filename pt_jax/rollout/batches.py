@@ -16,11 +16,13 @@ from pt_jax.rollout.programs import Chunk, Rows
 from pt_jax.rollout.sampling import Needs
 from pt_jax.rollout.scheduler import Piece
 from pt_jax.rollout.sequence import Sample
+from pt_jax.rollout.speculative import History
 
 FEWEST_ROWS = 8  # fewer rows cost as much: a step reads all weights for each
 SHORTEST_VIEW = 128  # positions
 VIEW_STEP = 32  # positions that a view which never grows is rounded up to
 SHORTEST_CHUNK = 32  # tokens
+LOOK_BACK = 1024  # tokens of a sample that proposals are looked up in
 STOP_TOKENS = 4  # room for so many; more are rounded up to powers of two
 
 
@@ -79,7 +81,7 @@ def rows(
   """
   whole = lambda *shape: np.zeros((count, *shape), np.int32)
   stops = max(len(s.request.sampling.stop_tokens) for _, s in places)
-  stops = max(STOP_TOKENS, 1 << (stops - 1).bit_length() if stops else 0)
+  stops = stop_room(stops)
   fields: dict[str, Any] = {
     **{name: whole() for name in ("token", "position", "end", "number", "top_k")},
     "active": np.zeros(count, bool),
@@ -99,6 +101,11 @@ def rows(
     own = Needs.of(sample.request.sampling)
     needs = Needs(needs.cuts or own.cuts, max(needs.top, own.top))
   return Rows(**fields), dataclasses.replace(needs, top=_reported(needs.top))
+
+
+def stop_room(count: int) -> int:
+  """Room for so many stop tokens of a row."""
+  return max(STOP_TOKENS, 1 << (count - 1).bit_length() if count else 0)
 
 
 def _reported(top: int) -> int:
@@ -134,9 +141,22 @@ def _allowed(shapes: Shapes, count: int, places: Sequence[tuple[int, Sample]]) -
     return None
   bits = np.repeat(guides.every_token(shapes.vocab_size)[None], count, 0)
   for row, sample in places:
-    if sample.guide is not None and sample.bound:
-      bits[row] = sample.guide.mask()
+    if sample.bound:
+      assert sample.mask is not None  # the engine has had it look
+      bits[row] = sample.mask
   return bits
+
+
+def history(shapes: Shapes, places: Sequence[tuple[int, Sample]], count: int, room: int) -> History:
+  """The last tokens of the samples of a launch of `count` rows, with room for so many more."""
+  look = min(shapes.max_length, LOOK_BACK)
+  tokens, first = np.zeros((count, look + room), np.int32), np.zeros(count, np.int32)
+  for row, sample in places:
+    first[row] = max(0, len(sample.tokens) - look)
+    own = sample.tokens[first[row] :]
+    tokens[row, : len(own)] = own
+  fields: Any = (tokens, first)
+  return History(*fields)
 
 
 def chunk(shapes: Shapes, parts: Sequence[Sequence[Piece]]) -> Chunk:

@@ -13,6 +13,7 @@ Left out on purpose: adapters. A request would name one, its number would go int
 pages (`prefix.extend` takes a salt) and into `Rows`.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -23,9 +24,10 @@ import numpy as np
 
 from pt_jax import sharding
 from pt_jax.models.config import ModelConfig
-from pt_jax.rollout import batches, cache, guides, memory, programs
+from pt_jax.rollout import batches, cache, guides, memory, programs, speculative
 from pt_jax.rollout.constraints import Constraint
 from pt_jax.rollout.figures import EngineFigures
+from pt_jax.rollout.proposals import Speculation
 from pt_jax.rollout.rollouts import Detokenizer, Output, Rollouts, SamplingParams, StopReason
 from pt_jax.rollout.scheduler import Scheduler
 from pt_jax.rollout.sequence import Request, Sample
@@ -64,6 +66,7 @@ class Engine:
     chunk: int = CHUNK,
     launch: int | None = None,
     paged: bool | None = None,
+    speculation: Speculation | None = None,
   ):
     """Call it, and everything else, inside `jax.set_mesh`.
 
@@ -80,22 +83,28 @@ class Engine:
       chunk: tokens of a prompt that are computed before samples that run go on.
       launch: tokens per sample and launch, `LAUNCH` where absent: fewer come earlier.
       paged: whether samples are decoded on their pages, and not on a view; by default on a TPU.
+      speculation: guess several tokens ahead and verify them together; by default not.
 
     Raises ValueError for sizes that do not fit.
     """
     parts = cache.parts()
     _check_sizes(slots, parts, max_length, page, chunk, launch, pages)
-    each, most = slots // parts, -(-max_length // page)
-    # A sample needs one page more while the last page of a shared prompt is copied.
-    pages = (each + 1) * most + 1 if pages is None else pages
+    self._shapes = shapes_of(config, slots, max_length, parts, pages=pages, page=page)
+    each, pages = self._shapes.slots, self._shapes.pages
     self.config, self.slots, self.max_length = config, slots, max_length
     self.figures = EngineFigures(pages=pages * parts)
-    self._shapes = batches.Shapes(parts, each, pages, page, max_length, config.vocab_size)
     self._chunk, self._launch = chunk, launch
     self._detokenizer, self._grammars = detokenizer, grammars
     self._scheduler = Scheduler(parts=parts, slots=each, pages=pages, rows=page)
     paged = sharding.chip() is not None if paged is None else paged
-    self._memory = (memory.Paged if paged else memory.Viewed)(config, self._shapes)
+    draft = None if speculation is None else speculation.draft
+    models = (config,) if draft is None else (config, draft.config)
+    self._memory = (memory.Paged if paged else memory.Viewed)(models, self._shapes)
+    self._plan = None if speculation is None else speculation.plan(config)
+    self._weights: tuple[Params, ...] = ()
+    if draft is not None:
+      prepare = jax.jit(functools.partial(programs.use_layout, config=draft.config))
+      self._weights = ({}, prepare(draft.params))
     self._caching, self._most = True, max_length
     self._requests: dict[int, Request] = {}
     self._number = 0
@@ -107,9 +116,10 @@ class Engine:
 
     Requests on their way pause; their tokens, log-probs and versions stay. What is computed of them
     is forgotten with all cached prefixes and computed again under the new weights, from which alone
-    the tokens behind are drawn.
+    the tokens behind are drawn. A draft model keeps its weights.
     """
-    self._weights = self._prepare(params)
+    draft, self._weights = self._weights[1:], ()  # the old ones make room for the new
+    self._weights = (self._prepare(params), *draft)
     self.version = version
     self._scheduler.clear()
 
@@ -279,23 +289,41 @@ class Engine:
     chosen = lambda: [
       [s for s in part if s.ready and s.bound == bound] for part in self._scheduler.running
     ]
+    failed = [s for part in chosen() for s in part if bound and not s.look()]
+    for sample in failed:
+      self._end(sample)
     ends = {s: s.border(self.max_length) for part in chosen() for s in part}
     steps = wanted
     for part in chosen():
       steps = min(steps, self._scheduler.reserve(part, steps, ends)) if part else steps
     parts = chosen()
     if not any(parts):
-      return []
+      return failed
     ready = [[s for s in part if s.ready] for part in self._scheduler.running]
     steps = self._memory.sit(ready, parts, steps, self._most)
     for sample in (s for part in parts for s in part):
       self._scheduler.copied(sample)
     places, count = self._memory.places(parts)
     rows, needs = batches.rows(self._shapes, places, count, paged=self._memory.paged)
-    until = self._until(parts, count)
-    drawn = self._memory.launch(self._weights, rows, steps, until, needs, most)
+    until, plan = self._until(parts, count), self._plan
+    needs = dataclasses.replace(needs, gumbel=plan is not None and plan.draft is not None)
     self.figures.launches += 1
-    return self._collect(places, drawn)
+    if plan is None or bound:
+      drawn = self._memory.launch(self._weights, rows, steps, until, needs, most)
+    else:
+      history = batches.history(self._shapes, places, count, most)
+      drawn, tally = self._memory.speculate(
+        self._weights, rows, history, steps, until, plan, needs, most
+      )
+      self._speculated(drawn, tally)
+    return failed + self._collect(places, drawn)
+
+  def _speculated(self, drawn: programs.Drawn, tally: speculative.Tally) -> None:
+    figures = self.figures
+    figures.verified += int(tally.steps.sum())
+    figures.speculated += int(drawn.count.sum())
+    figures.proposed += int(tally.proposed.sum())
+    figures.accepted += int(tally.accepted.sum())
 
   def _until(self, parts: Sequence[Sequence[Sample]], rows: int) -> tuple[int, int]:
     """A launch returns when so many samples have ended, or no more than so many of a part are
@@ -329,18 +357,19 @@ class Engine:
     for sample in ended:
       if self._caching:
         self._scheduler.publish(sample)
-      self._scheduler.finish(sample)
-      self._finished(sample)
+      self._end(sample)
     return changed
 
-  def _finished(self, sample: Sample) -> None:
+  def _end(self, sample: Sample) -> None:
+    """Frees what a sample had that has ended, and counts it."""
+    self._scheduler.finish(sample)
     figures = self.figures
     figures.finished += 1
     figures.queue_seconds += sample.seated_at or 0.0
     first = sample.first_at or 0.0
     figures.first_token_seconds += first
     figures.decode_seconds += time.perf_counter() - sample.request.submitted - first
-    figures.decoded += sample.drawn - 1
+    figures.decoded += max(sample.drawn - 1, 0)
 
   def _held(self) -> int:
     return sum(cache.pool.held for cache in self._scheduler.caches)
@@ -351,6 +380,26 @@ class Engine:
     figures.preemptions, figures.prefix_hits = scheduler.preemptions, scheduler.hits
     figures.pages_held = self._held()
     figures.compilations = len(self._memory.programs)
+
+
+def shapes_of(
+  config: ModelConfig,
+  slots: int,
+  max_length: int,
+  parts: int,
+  *,
+  pages: int | None = None,
+  page: int = PAGE,
+) -> batches.Shapes:
+  """What the arrays of an engine look like; see `Engine` for the arguments.
+
+  Args:
+    parts: of the mesh's batch axes.
+  """
+  each, most = slots // parts, -(-max_length // page)
+  # A sample needs one page more while the last page of a shared prompt is copied.
+  pages = (each + 1) * most + 1 if pages is None else pages
+  return batches.Shapes(parts, each, pages, page, max_length, config.vocab_size)
 
 
 def _check_sizes(
@@ -389,11 +438,12 @@ def _rollouts(samples: Sequence[Sample]) -> Rollouts:
   length = np.array([len(s.tokens) for s in samples], np.int32)
   shape = (len(samples), int(length.max()))
   tokens, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-  version = np.full(shape, -1, np.int32)
+  version, forced = np.full(shape, -1, np.int32), np.zeros(shape, bool)
   for i, sample in enumerate(samples):
     tokens[i, : length[i]] = sample.tokens
     drawn = slice(start[i], length[i])
     logprobs[i, drawn], version[i, drawn] = sample.logprobs, sample.versions
+    forced[i, sample.forced] = True
   stop = np.array([s.stop for s in samples], np.int8)
-  fields: Any = (tokens, start, length, logprobs, version, stop)
+  fields: Any = (tokens, start, length, logprobs, version, stop, forced)
   return Rollouts(*fields)

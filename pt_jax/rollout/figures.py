@@ -20,6 +20,10 @@ class EngineFigures:
   first_token_seconds: float = 0.0  # from submission to the first token
   decode_seconds: float = 0.0  # from the first token to the last
   decoded: int = 0  # tokens behind the first, of finished samples
+  verified: int = 0  # steps of samples that proposals were read in
+  speculated: int = 0  # tokens drawn in these
+  proposed: int = 0  # tokens
+  accepted: int = 0  # of these
   pages: int = 0  # that there are
   pages_held: int = 0  # by samples now
   pages_peak: int = 0  # most that were held at once
@@ -30,9 +34,14 @@ class EngineFigures:
 
   def since(self, before: "EngineFigures") -> dict[str, float]:
     """Rates between two moments: tokens/s, share of prompt tokens found in pages, means over the
-    samples that finished (seconds; TPOT per token), peak page use."""
+    samples that finished (seconds; TPOT per token), peak page use. With speculation also the share
+    of proposals that were accepted, and tokens per step of a sample."""
     change = lambda name: getattr(self, name) - getattr(before, name)
     samples, seen = max(change("finished"), 1), change("prefilled") + change("prefix_hits")
+    speculation = {
+      "accepted": change("accepted") / max(change("proposed"), 1),
+      "tokens_per_step": change("speculated") / max(change("verified"), 1),
+    }
     return {
       "tokens_per_second": change("generated") / max(change("seconds"), 1e-9),
       "prefix_hits": change("prefix_hits") / max(seen, 1),
@@ -42,4 +51,5 @@ class EngineFigures:
       "page_use": self.pages_peak / max(self.pages, 1),
       "preemptions": float(change("preemptions")),
       "compilations": float(self.compilations),
+      **(speculation if self.verified else {}),
     }

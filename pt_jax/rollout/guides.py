@@ -23,12 +23,18 @@ class Guide(Protocol):
     """How many tokens may be drawn before the next mask is needed; 0 needs one now."""
     ...
 
+  @property
+  def forces(self) -> bool:
+    """Whether the next token is given, whatever the model says."""
+    ...
+
   def mask(self) -> np.ndarray:
-    """[W] uint32: bit t % 32 of word t // 32 says whether token t may come next."""
+    """[W] uint32: bit t % 32 of word t // 32 says whether token t may come next. Raises ValueError
+    where it cannot say."""
     ...
 
   def advance(self, token: int) -> None:
-    """Takes the token that was drawn."""
+    """Takes the token that was drawn. Raises ValueError for one that it cannot take."""
     ...
 
 
@@ -73,6 +79,10 @@ class Capped:
   def free(self) -> int:
     return FREE if self.closed else self._left
 
+  @property
+  def forces(self) -> bool:
+    return self.free == 0
+
   def mask(self) -> np.ndarray:
     bits = np.zeros(-(-self._vocab_size // 32), np.uint32)
     token = self._close[self._forced]
@@ -104,6 +114,10 @@ class Constrained:
   @property
   def free(self) -> int:
     return self._after.free if self._after is not None and self._thinks else 0
+
+  @property
+  def forces(self) -> bool:
+    return self._after is not None and self._thinks and self._after.forces
 
   def mask(self) -> np.ndarray:
     if self._after is not None and self._thinks:

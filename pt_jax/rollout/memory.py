@@ -1,6 +1,7 @@
 """Where launches find keys and values: in pages, or in rows of a view that samples keep while they
 run (`cache` says which suits what), and every program that touches either."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,8 @@ import jax
 import numpy as np
 
 from pt_jax.models.config import ModelConfig
-from pt_jax.rollout import batches, cache, programs
+from pt_jax.rollout import batches, cache, programs, speculative
+from pt_jax.rollout.proposals import Plan
 from pt_jax.rollout.sampling import Needs
 from pt_jax.rollout.sequence import Sample
 from pt_jax.weights import Params
@@ -22,20 +24,29 @@ class Paged:
 
   paged = True
 
-  def __init__(self, config: ModelConfig, shapes: batches.Shapes):
-    self.config, self.shapes = config, shapes
-    self.pages = programs.empty_pages(config, shapes.parts * (shapes.pages + 1), shapes.rows)
+  def __init__(self, configs: Sequence[ModelConfig], shapes: batches.Shapes):
+    """
+    Args:
+      configs: of the model, and of the draft if there is one: it has the same pages and rows, with
+        keys and values of its own.
+      shapes: of the engine.
+    """
+    self.configs, self.shapes = tuple(configs), shapes
+    count = shapes.parts * (shapes.pages + 1)
+    self.pages = tuple(programs.empty_pages(c, count, shapes.rows) for c in self.configs)
     self.programs: set[Any] = set()  # names and shapes of what was asked for
 
   def clear(self) -> None:
     """What runs next depends on nothing that ran before."""
 
-  def prefill(self, weights: Params, parts: Sequence[Sequence[Any]]) -> None:
+  def prefill(self, weights: Sequence[Params], parts: Sequence[Sequence[Any]]) -> None:
     """Computes pieces of sequences into their pages."""
     chunk = batches.chunk(self.shapes, parts)
     self.programs.add(("prefill", chunk.tokens.shape))
-    self.pages = programs.prefill(
-      weights, self.pages, chunk, config=self.config, limit=self.shapes.max_length
+    limit = self.shapes.max_length
+    self.pages = tuple(
+      programs.prefill(w, pages, chunk, config=c, limit=limit)
+      for c, w, pages in zip(self.configs, weights, self.pages)
     )
 
   def sit(self, ready: Parts, chosen: Parts, steps: int, most: int) -> int:
@@ -56,7 +67,7 @@ class Paged:
       source = self._table(moved, none, lambda s: s.copied_from)
       target = self._table(moved, none, of)
       self.programs.add(("copy", source.shape))
-      self.pages = programs.copy(self.pages, source, target)
+      self.pages = tuple(programs.copy(pages, source, target) for pages in self.pages)
     return steps
 
   def places(self, chosen: Parts) -> tuple[list[tuple[int, Sample]], int]:
@@ -67,28 +78,62 @@ class Paged:
 
   def launch(
     self,
-    weights: Params,
+    weights: Sequence[Params],
     rows: programs.Rows,
     steps: int,
     until: tuple[int, int],
     needs: Needs,
     tokens: int,
   ) -> programs.Drawn:
-    """`programs.launch`, its tokens on the host."""
+    """`programs.launch`, its tokens on the host. A draft does not see what is drawn."""
     options: Any = {"needs": needs, "tokens": tokens, "limit": self.shapes.max_length}
     key = (len(rows.token), rows.stop_tokens.shape, rows.allowed is None, *options.values())
     self.programs.add(("launch", *key, self._shape()))
     held, drawn = programs.launch(
-      weights,
-      self._cache(),
+      weights[0],
+      self._cache()[0],
       rows,
       np.int32(steps),
       *map(np.int32, until),
-      config=self.config,
+      config=self.configs[0],
+      **options,
+    )
+    self._keep((held, *self._cache()[1:]))
+    return jax.device_get(drawn)
+
+  def speculate(
+    self,
+    weights: Sequence[Params],
+    rows: programs.Rows,
+    history: speculative.History,
+    steps: int,
+    until: tuple[int, int],
+    plan: Plan,
+    needs: Needs,
+    tokens: int,
+  ) -> tuple[programs.Drawn, speculative.Tally]:
+    """`speculative.launch`, its tokens on the host."""
+    options: Any = {"plan": plan, "needs": needs, "tokens": tokens}
+    options |= {"limit": self.shapes.max_length}
+    self.programs.add(
+      ("speculate", history.tokens.shape, rows.stop_tokens.shape, *options.values(), self._shape())
+    )
+    if self.paged:  # what is read past the pages of a sequence goes to the page of none
+      more = -(-plan.tokens // self.shapes.rows)
+      wider = [(0, 0), (0, more)]
+      table: Any = np.pad(np.asarray(rows.table), wider, constant_values=self.shapes.pages)
+      rows = dataclasses.replace(rows, table=table)
+    held, drawn, tally = speculative.launch(
+      tuple(weights),
+      self._cache(),
+      rows,
+      history,
+      np.int32(steps),
+      *map(np.int32, until),
       **options,
     )
     self._keep(held)
-    return jax.device_get(drawn)
+    return jax.device_get((drawn, tally))
 
   def store(self, samples: Sequence[Sample]) -> None:
     """What was decoded of these samples is in their pages afterwards."""
@@ -100,7 +145,7 @@ class Paged:
       own[: len(part)] = [value(sample) for sample in part]
     return out
 
-  def _cache(self) -> cache.View | cache.Pages:
+  def _cache(self) -> speculative.Caches:
     return self.pages
 
   def _keep(self, held: Any) -> None:
@@ -115,12 +160,12 @@ class Viewed(Paged):
 
   paged = False
 
-  def __init__(self, config: ModelConfig, shapes: batches.Shapes):
-    super().__init__(config, shapes)
+  def __init__(self, configs: Sequence[ModelConfig], shapes: batches.Shapes):
+    super().__init__(configs, shapes)
     self.clear()
 
   def clear(self) -> None:
-    self._view: cache.View | None = None
+    self._views: tuple[cache.View, ...] = ()
     self._each = self._pages = 0  # rows of each part; pages of a row
     self._seats: list[list[Sample | None]] = [[] for _ in range(self.shapes.parts)]
 
@@ -162,7 +207,10 @@ class Viewed(Paged):
       self._seats[p] = [*kept, *[None] * (each - len(kept))]
     length = pages * self.shapes.rows
     self.programs.add(("resize", self._each, self._pages, each, pages))
-    self._view = programs.resize(self.config, self._view, source, length)
+    views = self._views or [None] * len(self.configs)
+    self._views = tuple(
+      programs.resize(c, view, source, length) for c, view in zip(self.configs, views)
+    )
     self._each, self._pages = each, pages
 
   def _seat(self, new: Parts) -> None:
@@ -183,7 +231,10 @@ class Viewed(Paged):
         if sample.copied_from is not None:
           own[sample.computed // self.shapes.rows] = sample.copied_from
     self.programs.add(("seat", self._each, table.shape))
-    self._view = programs.seat(self.config, self._view, self.pages, rows, table)
+    self._views = tuple(
+      programs.seat(c, view, pages, rows, table)
+      for c, view, pages in zip(self.configs, self._views, self.pages)
+    )
 
   def places(self, chosen: Parts) -> tuple[list[tuple[int, Sample]], int]:
     places = [(p * self._each + s.row, s) for p, part in enumerate(chosen) for s in part]
@@ -202,14 +253,17 @@ class Viewed(Paged):
         full = slice(sample.stored // size, sample.computed // size)
         own[full], sample.stored = sample.pages[full], sample.computed
     self.programs.add(("store", self._each, table.shape))
-    self.pages = programs.store(self.config, self.pages, self._view, rows, table)
+    self.pages = tuple(
+      programs.store(c, pages, view, rows, table)
+      for c, pages, view in zip(self.configs, self.pages, self._views)
+    )
 
-  def _cache(self) -> cache.View | cache.Pages:
-    assert self._view is not None  # `sit` comes first
-    return self._view
+  def _cache(self) -> speculative.Caches:
+    assert self._views  # `sit` comes first
+    return self._views
 
   def _keep(self, held: Any) -> None:
-    self._view = held
+    self._views = held
 
   def _shape(self) -> Any:
     return self._pages

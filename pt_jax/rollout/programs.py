@@ -66,8 +66,12 @@ class Drawn:
 
 
 def use_layout(params: Params, *, config: ModelConfig) -> Params:
-  """Parameters where they are used, blocks as a list of layers."""
+  """Parameters where they are used, blocks as a list of layers. Matrices are in the compute dtype,
+  in which every step reads them; gains of norms, which are used in float32, stay."""
   table = decoder.table(config)
+  matrix = lambda row: any(axis not in (None, "layer") for axis in row.axes)
+  cast = lambda row, w: w.astype(config.compute_dtype) if matrix(row) else w
+  params = weights.map_table(cast, table, params)
   rows = {"embed": table["embed"], "final_norm": table["final_norm"]}
   top = {name: weights.reshard(params[name], row, USE) for name, row in rows.items()}
   top["unembed"] = decoder.unembedding(params, config)
@@ -84,7 +88,7 @@ store = jax.jit(kv.store, static_argnums=0, donate_argnums=1)
 copy = jax.jit(kv.copy, donate_argnums=0)
 
 
-def _layers(w: Params, c: ModelConfig, x: jax.Array, angles: Any, attend: Any) -> Any:
+def layers(w: Params, c: ModelConfig, x: jax.Array, angles: Any, attend: Any) -> Any:
   """All blocks, one after the other; `attend(i)` is the attention of layer i."""
   kept = []
   for i, layer in enumerate(w["blocks"]):
@@ -113,11 +117,11 @@ def prefill(
   attend = lambda i: kv.attend_pages(config, pages[i], *places)
   x = decoder.embed(w["embed"], tokens, jnp.dtype(config.compute_dtype))
   angles = decoder.rope_angles(decoder.rope_table(config, limit), positions)
-  _, kept = _layers(w, config, x, angles, attend)
+  _, kept = layers(w, config, x, angles, attend)
   return tuple(kept)
 
 
-def _draw(w: Params, hidden: jax.Array, rows: Rows, position: jax.Array, needs: Needs):
+def draw_tokens(w: Params, hidden: jax.Array, rows: Rows, position: jax.Array, needs: Needs):
   """Logits of hidden [R, width], and a token of each row, drawn by its key folded with where the
   token will stand. Returns what `sampling.draw` does."""
   logits = jnp.einsum(
@@ -204,9 +208,9 @@ def launch(
 
   def step(carry: Any) -> Any:
     i, rows, cache, drawn = carry
-    hidden, cache = _read(w, rows, cache, table, config)
+    hidden, cache = read(w, rows, cache, table, config)
     position = rows.position + 1
-    token, logprob, best = _draw(w, hidden, rows, position, needs)
+    token, logprob, best = draw_tokens(w, hidden, rows, position, needs)
     put = lambda into, x: into.at[:, i].set(
       jnp.where(rows.active.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
     )
@@ -233,7 +237,7 @@ def launch(
   return cache, jax.tree.map(whole, drawn)
 
 
-def _read(
+def read(
   w: Params, rows: Rows, cache: kv.View | kv.Pages, table: decoder.Angles, c: ModelConfig
 ) -> tuple[jax.Array, kv.View | kv.Pages]:
   """Reads the token of every row: final hidden states [R, width], and the cache that now has it."""
@@ -247,5 +251,5 @@ def _read(
     assert rows.table is not None
     return kv.attend_pages(c, own, rows.position + 1, rows.table)
 
-  x, kept = _layers(w, c, x, decoder.rope_angles(table, positions), attend)
+  x, kept = layers(w, c, x, decoder.rope_angles(table, positions), attend)
   return x[:, 0], tuple(kept)

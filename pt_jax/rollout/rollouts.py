@@ -27,6 +27,7 @@ class StopReason(enum.IntEnum):
   STRING = 2  # the text holds a stop string (the token that completed it is the last one)
   BUDGET = 3  # reached the end of the engine's window
   ABORTED = 4  # cancelled by the caller
+  FAILED = 5  # its constraint could not be followed any further; the log says why
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,3 +91,5 @@ class Rollouts:
   logprobs: jax.Array  # [B, S] float32, log-prob under the weights that sampled, 0 on the prompt
   version: jax.Array  # [B, S] int32, which weights sampled each token, -1 on prompt and padding
   stop: jax.Array  # [B] int8, StopReason
+  # [B, S] bool, tokens that a thinking budget forced: the policy did not choose them.
+  forced: jax.Array

@@ -30,6 +30,7 @@ class Needs:
 
   cuts: bool = False  # top-k, top-p or min-p
   top: int = 0  # most likely tokens that are reported
+  gumbel: bool = False  # draw by the Gumbel trick: of the engine, whatever the rows want
 
   @classmethod
   def of(cls, params: SamplingParams) -> "Needs":
@@ -90,8 +91,11 @@ def draw(
   masked = jnp.where(jnp.isneginf(kept), -jnp.inf, logprobs)
   if allowed is not None:  # what is left may be so unlikely that its weights are all 0
     masked -= masked.max(-1, keepdims=True)
-  weights = jnp.exp(masked)
-  drawn = choose(weights, jax.vmap(jax.random.uniform)(keys))
+  if needs.gumbel:
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
+    drawn = jnp.argmax(masked + noise, -1)
+  else:
+    drawn = choose(jnp.exp(masked), jax.vmap(jax.random.uniform)(keys))
   tokens = jnp.where(_column(params.temperature)[:, 0] > 0, drawn, greedy).astype(jnp.int32)
   hit = jnp.arange(logits.shape[-1]) == tokens[:, None]
   best, which = jax.lax.top_k(logprobs, min(needs.top, logits.shape[-1]))

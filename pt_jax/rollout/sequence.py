@@ -1,6 +1,7 @@
 """A request, its samples, and when a sample ends."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 
@@ -8,6 +9,8 @@ import numpy as np
 
 from pt_jax.rollout.guides import FREE, Guide
 from pt_jax.rollout.rollouts import Detokenizer, Output, SamplingParams, StopReason
+
+log = logging.getLogger("pt_jax.rollout")
 
 
 @dataclasses.dataclass(eq=False)
@@ -36,8 +39,10 @@ class Sample:
   tokens: list[int]  # of the prompt, then drawn ones
   logprobs: list[float] = dataclasses.field(default_factory=list)  # of drawn ones, as what follows
   versions: list[int] = dataclasses.field(default_factory=list)
+  forced: list[int] = dataclasses.field(default_factory=list)  # places in `tokens`
   top: list[tuple[tuple[int, float], ...]] = dataclasses.field(default_factory=list)
   guide: Guide | None = None
+  mask: np.ndarray | None = None  # for the next token, where it is `bound`
   detokenizer: Detokenizer | None = None
   text: str = ""
   stop: StopReason | None = None
@@ -79,6 +84,21 @@ class Sample:
     """Whether its next token has to be drawn under a mask."""
     return self.guide is not None and self.guide.free == 0
 
+  def look(self) -> bool:
+    """Gets the mask of the next token; a guide that has none ends the sample. Returns whether it
+    goes on."""
+    if self.guide is not None:
+      try:
+        self.mask = self.guide.mask()
+      except ValueError as error:
+        self._failed(error)
+    return self.stop is None
+
+  def _failed(self, error: ValueError) -> None:
+    self.stop = StopReason.FAILED
+    where = f"request {self.request.number}, sample {self.index}, token {self.drawn}"
+    log.warning("%s: ended: %s", where, " ".join(str(error).split()))
+
   def limit(self, max_length: int) -> int:
     """Tokens that it may have in the end."""
     return min(self.start + self.request.sampling.max_tokens, max_length)
@@ -111,8 +131,8 @@ class Sample:
     """Shows tokens to the guide and the detokenizer; returns how many belong to the sample."""
     strings = self.request.sampling.stop_strings
     for i, token in enumerate(tokens):
-      if self.guide is not None:
-        self.guide.advance(token)
+      if self.guide is not None and not self._guided(token, len(self.tokens) + i):
+        return i + 1
       if self.detokenizer is None or token in self.request.sampling.stop_tokens:
         continue
       self.text += self.detokenizer.push(token)
@@ -120,6 +140,17 @@ class Sample:
         self.stop = StopReason.STRING
         return i + 1
     return len(tokens)
+
+  def _guided(self, token: int, place: int) -> bool:
+    """Shows a token to the guide; returns whether the guide took it."""
+    assert self.guide is not None
+    if self.guide.forces:
+      self.forced.append(place)
+    try:
+      self.guide.advance(token)
+    except ValueError as error:
+      self._failed(error)
+    return self.stop is None
 
   def _ended(self, max_length: int) -> StopReason | None:
     sampling = self.request.sampling

@@ -14,6 +14,7 @@ FINISH = {
   StopReason.LENGTH: "length",
   StopReason.BUDGET: "length",
   StopReason.ABORTED: "abort",
+  StopReason.FAILED: "abort",
 }
 
 

@@ -87,6 +87,7 @@ def test_completions_are_what_follows_the_prompt():
     logprobs=np.zeros((2, 4)),
     version=np.zeros((2, 4)),
     stop=np.zeros(2),
+    forced=np.zeros((2, 4), bool),
   )
   assert diagnostics.completions_of(rollouts) == [[2, 3], [7]]
 

@@ -14,6 +14,7 @@ from pt_jax.rollout.rollouts import Rollouts, StopReason
 
 PROMPTS, ANSWERS = np.array([2, 2, 3, 3, 1, 1]), np.array([3, 1, 2, 5, 4, 2])
 GROUPS = np.array([0, 0, 4, 4, 7, 7])
+FORCED = np.zeros((6, 8), bool)
 SCORES = np.float32([0.2, 0.9, 0.5, 0.5, 1.0, 0.0])
 
 
@@ -23,7 +24,9 @@ def made() -> Judged:
   held = place < (PROMPTS + ANSWERS)[:, None]
   tokens = np.where(held, 100 * np.arange(6)[:, None] + place, 0).astype(np.int32)
   logprobs = np.where(held & (place >= PROMPTS[:, None]), -tokens / 1000, 0).astype(np.float32)
-  rollouts = Rollouts(tokens, PROMPTS, PROMPTS + ANSWERS, logprobs, tokens, np.zeros(6, np.int8))
+  rollouts = Rollouts(
+    tokens, PROMPTS, PROMPTS + ANSWERS, logprobs, tokens, np.zeros(6, np.int8), FORCED
+  )
   completions = [
     Completion(Problem(f"p{group}", f"ask {group}", "x", {}), f"text {i}", int(n), StopReason.TOKEN)
     for i, (group, n) in enumerate(zip(GROUPS, ANSWERS))

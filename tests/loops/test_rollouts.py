@@ -35,9 +35,8 @@ def rollouts(words=WORDS, stops=STOPS):
     made["logprobs"][b, drawn] = -(b + np.arange(len(prompt), length[b]) / 100)
     version[b, drawn] = 5
   prompt_length = np.array([len(p) for p, _ in rows], np.int32)
-  return Rollouts(
-    prompt_length=prompt_length, length=length, version=version, stop=np.array(stops), **made
-  )
+  made |= {"version": version, "stop": np.array(stops), "forced": np.zeros(shape, bool)}
+  return Rollouts(prompt_length=prompt_length, length=length, **made)
 
 
 def judge(words=WORDS, stops=STOPS, **options):
@@ -81,6 +80,7 @@ def test_metrics_by_hand():
       "stop/string": 0.25,
       "stop/budget": 0,
       "stop/aborted": 0,
+      "stop/failed": 0,
     }
   )
 

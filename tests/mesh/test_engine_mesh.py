@@ -7,6 +7,7 @@ import pytest
 from pt_jax import sharding, weights
 from pt_jax.models import decoder
 from pt_jax.rollout.engine import Engine
+from pt_jax.rollout.proposals import Speculation
 from pt_jax.rollout.rollouts import SamplingParams, StopReason
 from tests.rollout import tiny
 
@@ -15,7 +16,7 @@ STOPS = (*range(0, 64, 8),)
 SAMPLING = SamplingParams(max_tokens=14, temperature=0.8, top_k=32, stop_tokens=STOPS)
 
 
-def generate(shape, rules, key=7):
+def generate(shape, rules, key=7, speculation=None):
   """21 samples on 8 slots, of parameters stored by these rules."""
   devices = jax.devices()[: int(np.prod(shape))]
   mesh = sharding.make_mesh(*shape, devices=devices)
@@ -23,7 +24,7 @@ def generate(shape, rules, key=7):
     table, whole = decoder.table(tiny.MODEL), tiny.params()
     place = lambda row, w: sharding.put(w, rules.spec(*row.axes), mesh)
     params = weights.map_table(place, table, whole)  # where a trainer keeps them
-    engine = Engine(tiny.MODEL, params, slots=8, max_length=tiny.LENGTH)
+    engine = Engine(tiny.MODEL, params, slots=8, max_length=tiny.LENGTH, speculation=speculation)
     prompts = tiny.prompts(LENGTHS)
     return engine.generate(prompts, SAMPLING, key=jax.random.key(key), n=3)
 
@@ -33,9 +34,10 @@ def one():
   return generate((1, 1, 1, 1), sharding.USE)
 
 
-def test_four_by_two_gives_what_one_device_gives(one):
+@pytest.mark.parametrize("speculation", [None, Speculation(tokens=3)])
+def test_four_by_two_gives_what_one_device_gives(one, speculation):
   """Slots over `data`, heads and vocabulary over `tensor`, parameters stored as ZeRO 3 has them."""
-  many = generate((4, 1, 1, 2), sharding.ZERO)
+  many = generate((4, 1, 1, 2), sharding.ZERO, speculation=speculation)
   for name in ("tokens", "length", "prompt_length", "stop", "version"):
     np.testing.assert_array_equal(getattr(many, name), getattr(one, name), err_msg=name)
   gap = np.abs(many.logprobs - one.logprobs).max()

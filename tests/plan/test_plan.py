@@ -107,7 +107,10 @@ def _pairs():
 def _rollouts():
   one = lambda dtype, value: np.full((1, 4), value, dtype)
   size = lambda n: np.array([n], np.int32)
-  drawn = Rollouts(one(np.int32, 1), size(2), size(4), one(float, -1), one(np.int32, 0), size(0))
+  drawn = Rollouts(
+    *(one(np.int32, 1), size(2), size(4), one(float, -1), one(np.int32, 0), size(0)),
+    forced=one(bool, False),
+  )
   return pack_rollouts(drawn, 1, 8, share_prompts=True).batch
 
 

@@ -29,7 +29,15 @@ def rollouts(count: int = 11) -> Rollouts:
   tokens = rng.integers(0, tiny.MODEL.vocab_size, (count, WIDTH), dtype=np.int32)
   tokens[np.arange(WIDTH) >= length[:, None]] = 0
   zeros = np.zeros((count, WIDTH), np.float32)
-  fields = (tokens, prompt, length, zeros, zeros.astype(np.int32), np.zeros(count, np.int8))
+  fields = (
+    tokens,
+    prompt,
+    length,
+    zeros,
+    zeros.astype(np.int32),
+    np.zeros(count, np.int8),
+    zeros > 0,
+  )
   return Rollouts(*map(np.asarray, fields))
 
 

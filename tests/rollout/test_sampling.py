@@ -1,13 +1,15 @@
 """Drawing a token against NumPy written from the definitions of top-k, min-p and top-p."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
 from pt_jax.rollout.rollouts import SamplingParams
-from pt_jax.rollout.sampling import choose, keep_likely, sample
+from pt_jax.rollout.sampling import Needs, choose, draw, keep_likely, sample
+from tests.rollout.definitions import chi_square, kept, softmax
 
 ROWS = 20_000
 LOGITS = np.array([2.0, 1.1, 1.1, 0.3, -0.4, -1.0, -2.5, -4.0], np.float32)
@@ -17,48 +19,17 @@ def params(**options):
   return SamplingParams(max_tokens=1, **options)
 
 
-def softmax(logits, temperature=1.0):
-  z = np.asarray(logits, np.float64) / temperature
-  p = np.exp(z - z.max())
-  return p / p.sum()
-
-
-def kept(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-  """The tokens that may be drawn: by the words of the three papers, one token at a time."""
-  p = dict(enumerate(softmax(logits, temperature)))
-  if top_k:
-    worst = sorted(p.values(), reverse=True)[: min(top_k, len(p))][-1]
-    p = {token: x for token, x in p.items() if x >= worst}
-  if min_p:
-    best = max(p.values())
-    p = {token: x for token, x in p.items() if x >= min_p * best}
-  if top_p < 1:
-    total, mass = sum(p.values()), 0.0
-    for x in sorted(p.values(), reverse=True):
-      mass, worst = mass + x / total, x
-      if mass >= top_p:
-        break
-    p = {token: x for token, x in p.items() if x >= worst}
-  return set(p)
-
-
-def draws(logits, options, rows=ROWS, seed=0):
+def draws(logits, options, rows=ROWS, seed=0, gumbel=False):
   keys = jax.random.split(jax.random.key(seed), rows)
-  tokens, logprobs = sample(jnp.broadcast_to(logits, (rows, len(logits))), keys, options)
+  needs = dataclasses.replace(Needs.of(options), gumbel=gumbel)
+  logits = jnp.broadcast_to(logits, (rows, len(logits)))
+  tokens, logprobs, _ = jax.jit(draw, static_argnums=(2, 3))(logits, keys, options, needs)
   return np.asarray(tokens), np.asarray(logprobs)
 
 
-def chi_square(tokens, expected):
-  """p-value of `tokens` being drawn from the distribution `expected`."""
-  support = np.flatnonzero(expected)
-  seen = np.bincount(tokens, minlength=len(expected))
-  assert seen.sum() == seen[support].sum()  # nothing outside
-  return stats.chisquare(seen[support], expected[support] * len(tokens)).pvalue
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_the_distribution_is_the_softmax(temperature):
-  tokens, logprobs = draws(LOGITS, params(temperature=temperature))
+@pytest.mark.parametrize("temperature, gumbel", [(1.0, False), (0.6, False), (1.7, True)])
+def test_the_distribution_is_the_softmax(temperature, gumbel):
+  tokens, logprobs = draws(LOGITS, params(temperature=temperature), gumbel=gumbel)
   p = softmax(LOGITS, temperature)
   assert chi_square(tokens, p) > 1e-3
   np.testing.assert_allclose(logprobs, np.log(p)[tokens], atol=1e-5)

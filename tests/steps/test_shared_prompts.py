@@ -40,7 +40,8 @@ def rollouts(change: int | None = None) -> Rollouts:
   length = np.array([len(row) for row in rows], np.int32)
   tokens = np.stack([np.pad(row, (0, length.max() - len(row))) for row in rows]).astype(np.int32)
   logprobs = rng.normal(-3.5, 0.3, tokens.shape).astype(np.float32)
-  return Rollouts(tokens, starts, length, logprobs, np.zeros_like(tokens), np.zeros(len(rows)))
+  zeros = np.zeros_like(tokens)
+  return Rollouts(tokens, starts, length, logprobs, zeros, np.zeros(len(rows)), zeros > 0)
 
 
 @functools.cache

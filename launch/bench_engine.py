@@ -1,0 +1,112 @@
+"""What the rollout engine saves: prompts that a group shares, and tokens that are guessed.
+
+  python -m launch.bench_engine
+
+The model is `launch.bench`'s. Untrained, with tied embeddings, it repeats itself when it is greedy
+(nearly every guess is right) and says anything at temperature 1 (nearly every guess is wrong): the
+best and the worst that guessing can do on this machine. Ratios are of timings taken in turns in one
+process.
+"""
+
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import tyro
+
+from launch import bench_tasks, host
+from launch.bench_peers.spec import SPEC
+from pt_jax import sharding
+from pt_jax.data.tokenizers import ByteTokenizer
+from pt_jax.models.config import ModelConfig
+from pt_jax.rollout.engine import Engine
+from pt_jax.rollout.proposals import Speculation
+from pt_jax.rollout.rollouts import SamplingParams
+from pt_jax.weights import Params
+
+PROBLEMS = "../shared/data/gsm8k/train.jsonl"
+PROMPTS, GROUP = 48, 8  # of a GRPO batch
+
+
+def main(problems: str = PROBLEMS, repeats: int = 5) -> None:
+  """Prints what prefix sharing saves on a GRPO batch, and what n-gram speculation does to decoding.
+
+  Args:
+    problems: JSON lines with a "question", the prompts of the batch as bytes.
+    repeats: timings of each kind; the medians are shown.
+  """
+  if host.choose_platform() == "cpu":
+    host.use_cpu(SPEC["threads"])
+  with jax.set_mesh(sharding.make_mesh(data=-1)):
+    config, _, state = bench_tasks.start()
+    share_prompts(config, state.params, _questions(problems), repeats)
+    speculate(config, state.params, repeats)
+
+
+def _questions(path: str) -> list[list[int]]:
+  lines = pathlib.Path(path).read_text().splitlines()[:PROMPTS]
+  return [ByteTokenizer().encode(json.loads(line)["question"]) for line in lines]
+
+
+def share_prompts(
+  config: ModelConfig, params: Params, prompts: Sequence[Sequence[int]], repeats: int
+) -> None:
+  """Tokens of prompts that are computed for a GRPO batch, with a group's prompt in common and with
+  one of its own for every completion (two tokens in front of it make it another)."""
+  length, new = max(map(len, prompts)) + 2, 32
+  engine = Engine(config, params, slots=64, max_length=length + new)
+  sampling = SamplingParams(max_tokens=new)
+  apart = [[i // 256, i % 256, *p] for i, p in enumerate(p for p in prompts for _ in range(GROUP))]
+  together = [[0, 0, *p] for p in prompts]
+  found: dict[str, tuple[int, list[float]]] = {}
+  for i in range(repeats + 1):
+    for name, asked, n in (("shared", together, GROUP), ("not shared", apart, 1)):
+      before, started = engine.figures.copy(), time.perf_counter()
+      engine.generate(asked, sampling, key=jax.random.key(i), n=n)
+      spent = time.perf_counter() - started
+      computed = engine.figures.prefilled - before.prefilled
+      found[name] = (computed, [*found.get(name, (0, []))[1], spent][-repeats:])
+  print(
+    f"{len(prompts)} prompts of {len(prompts[0])}... bytes, {GROUP} completions each, {new} tokens"
+  )
+  for name, (computed, times) in found.items():
+    print(f"  prompt {name:10}  prefill tokens {computed:7}  {statistics.median(times):.3f} s")
+
+
+def speculate(config: ModelConfig, params: Params, repeats: int) -> None:
+  """Tokens/s of decoding with and without guesses, for one sequence and for 64 at once."""
+  ways = {"repeats itself": 0.0, "says anything": 1.0}
+  print("n-grams of 3, 4 guesses")
+  for batch in (1, 64):
+    prompts = bench_tasks.random_prompts(batch, 32, config.vocab_size)
+    engines = [
+      Engine(config, params, slots=max(batch, jax.device_count()), max_length=160, speculation=s)
+      for s in (None, Speculation(tokens=4, ngram=3))
+    ]
+    for name, temperature in ways.items():
+      sampling = SamplingParams(max_tokens=128, temperature=temperature)
+      times: list[list[float]] = [[], []]
+      before = engines[1].figures.copy()
+      for i in range(repeats + 2):
+        rollouts = []
+        for engine, own in zip(engines, times):
+          started = time.perf_counter()
+          rollouts.append(engine.generate(prompts, sampling, key=jax.random.key(i)))
+          own.append(time.perf_counter() - started)
+        assert np.mean(rollouts[0].tokens == rollouts[1].tokens) > 0.99
+      plain, guessed = (batch * 128 / statistics.median(own[2:]) for own in times)
+      rates = engines[1].figures.since(before)
+      print(
+        f"  {batch:2} at once, {name:14}  without {plain:6.0f} tokens/s  with {guessed:6.0f}"
+        f"  ratio {guessed / plain:4.2f}  accepted {rates['accepted']:4.2f}"
+        f"  tokens per step {rates['tokens_per_step']:4.2f}"
+      )
+
+
+if __name__ == "__main__":
+  sys.exit(tyro.cli(main))
