@@ -14,7 +14,6 @@ pages (`prefix.extend` takes a salt) and into `Rows`.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -105,12 +104,10 @@ class Engine:
     self._plan = None if speculation is None else speculation.plan(config)
     self._weights: tuple[Params, ...] = ()
     if draft is not None:
-      prepare = jax.jit(functools.partial(programs.use_layout, config=draft.config))
-      self._weights = ({}, prepare(draft.params))
+      self._weights = ({}, programs.prepare(draft.params, config=draft.config))
     self._caching, self._most = True, max_length
     self._requests: dict[int, Request] = {}
     self._number = 0
-    self._prepare = jax.jit(functools.partial(programs.use_layout, config=config))
     self.update(params, version)
 
   def update(self, params: Params, version: int) -> None:
@@ -120,7 +117,7 @@ class Engine:
     is forgotten with all cached prefixes and computed again under the new weights, from which alone
     the tokens behind are drawn. A draft model keeps its weights.
     """
-    self._weights = (self._prepare(params), *self._weights[1:])
+    self._weights = (programs.prepare(params, config=self.config), *self._weights[1:])
     self.version = version
     self._scheduler.clear()
 
