@@ -2,10 +2,11 @@
 
 What a turn of a loop costs depends on which of its regions are skipped. Assumed is:
 
-- Regions with work for the matrix units run in the share of turns that the case says is active (the
-  innermost of them counts); two that lie side by side and have the same such work are two arms of
-  one choice.
-- Other regions (to start a DMA, to write a result) run once a sweep of the innermost grid axis.
+- Regions with work for the matrix units run as often as the case says, or else in the share of
+  turns that it says is active (the innermost of them counts); two that lie side by side and have
+  the same such work are then two arms of one choice.
+- Other regions (to start a DMA, to write a result) run once a sweep of the innermost grid axis, or
+  in every turn where that axis is known at run time only.
 - A pipelined loop has two turns more than the grid, which skip the kernel's body.
 - Every DMA has landed when it is waited for.
 """
@@ -27,6 +28,7 @@ LIMITS = """What static figures cannot say:
   the real clock are not modelled; the clock is the one at which the peak is reached.
 - They rank variants. None of them is a measured time."""
 
+UNKNOWN = 2**31 - 1  # an axis of the grid that is known at run time only
 BODY = 0.3  # of a pipelined loop's bundles: a region at least as long is the kernel's body
 
 
@@ -51,6 +53,7 @@ def measure(
   *,
   active: float = 1.0,
   turns: Sequence[float] = (),
+  kinds: Sequence[float] = (),
   vmem: int = 0,
 ) -> Figures:
   """The figures of a kernel.
@@ -60,9 +63,12 @@ def measure(
     schedule: of it.
     active: share of the turns that do the work.
     turns: of the loops whose turns are known at run time only, outer first.
+    kinds: `Case.kinds`.
     vmem: bytes that it takes.
+
+  Raises ValueError when there are not as many regions with matrix work as `kinds`.
   """
-  model = _Model(schedule)
+  model = _Model(schedule, name, kinds)
   unsaid = [region for region in schedule.program.walk() if region.loop and region.turns is None]
   for region, given in zip(unsaid, turns):
     region.turns = given
@@ -88,13 +94,18 @@ def measure(
 class _Model:
   """Costs of regions: vectors of cycles and uses of each unit."""
 
-  def __init__(self, schedule: Schedule):
+  def __init__(self, schedule: Schedule, name: str = "", kinds: Sequence[float] = ()):
     cycles = np.ones((len(schedule.used), 1), np.int64)
     rows = np.concatenate([cycles, schedule.used], axis=1)
     self.until = np.concatenate([np.zeros_like(rows[:1]), rows.cumsum(0)])
     self.matmul = 1 + schedule.units.index("MATMUL")
     self.program = schedule.program
-    self.sweep = schedule.grid[-1] if schedule.grid else 1
+    known = schedule.grid and UNKNOWN not in schedule.grid
+    self.sweep = schedule.grid[-1] if known else 1
+    works = [region for region in self.program.walk() if self.innermost(region)]
+    if kinds and len(kinds) != len(works):
+      raise ValueError(f"{name}: expected {len(kinds)} regions of matrix work, found {len(works)}")
+    self.kinds = {id(region): share for region, share in zip(works, kinds)}
 
   def plain(self, region: Region) -> np.ndarray:
     """Of its bundles, each once."""
@@ -103,6 +114,11 @@ class _Model:
   def work(self, region: Region) -> int:
     """Of the matrix units in its bundles."""
     return int(self.plain(region)[self.matmul])
+
+  def innermost(self, region: Region) -> bool:
+    """Whether it may be skipped and has work for the matrix units that no region in it has."""
+    deeper = any(not r.loop and self.work(r) for r in region.walk()[1:])
+    return not region.loop and self.work(region) > 0 and not deeper
 
   def cost(self, region: Region, active: float) -> np.ndarray:
     """Of running it once."""
@@ -118,9 +134,10 @@ class _Model:
     work = self.work(region)
     if not work:
       often = 1.0 / self.sweep
+    elif id(region) in self.kinds:
+      often = self.kinds[id(region)]
     else:
-      deeper = any(not r.loop and self.work(r) for r in region.walk()[1:])
-      often = 1.0 if deeper else active
+      often = active if self.innermost(region) else 1.0
       often /= sum(not r.loop and self.work(r) == work for r in outer.inner)
     turns = outer.turns or 0.0
     body = region.end - region.start > BODY * (outer.end - outer.start)
@@ -162,6 +179,8 @@ def memory_seconds(traffic: float, chip: Chip) -> float:
   return traffic / (chip.hbm_bandwidth * chip.device_share)
 
 
-def turns_of(turns: Mapping[str, Sequence[float]], kernel: str) -> Sequence[float]:
-  """Those of the kernel whose name is in that of an instruction ("transpose_jvp_flash__.1")."""
-  return next((given for name, given in turns.items() if name in kernel), ())
+def of_kernel(given: Mapping[str, Sequence[float]], kernel: str, chip: str = "") -> Sequence[float]:
+  """The first whose words are each the chip or in the name of an instruction: "v5e flash" goes with
+  "transpose_jvp_flash__.1" on v5e."""
+  fits = lambda words: all(word == chip or word in kernel for word in words.split())
+  return next((numbers for words, numbers in given.items() if fits(words)), ())

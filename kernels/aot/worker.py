@@ -73,13 +73,13 @@ def compiled(job: compiler.Job, dumps: Path | None) -> dict[str, Any]:
   if dumps is not None:
     text = program.as_text()  # fails for some kernels on tpu7x: this jaxlib's HLO lags libtpu's
     assert text is not None
-    result |= schedules(text, case, dumps)
+    result |= schedules(text, case, job.chip, dumps)
     for path in dumps.iterdir():  # hundreds of megabytes for a large kernel
       shutil.rmtree(path) if path.is_dir() else path.unlink()
   return result
 
 
-def schedules(text: str, case: Case, dumps: Path) -> dict[str, Any]:
+def schedules(text: str, case: Case, chip: str, dumps: Path) -> dict[str, Any]:
   """What became of each instruction of a compiled module, `text`, that takes time."""
   found, xla = [], 0
   for line in text.splitlines():
@@ -90,7 +90,8 @@ def schedules(text: str, case: Case, dumps: Path) -> dict[str, Any]:
         named[1],
         listing.read(dumps, named[1]),
         active=case.active,
-        turns=figures.turns_of(case.turns, named[1]),
+        turns=figures.of_kernel(case.turns, named[1], chip),
+        kinds=figures.of_kernel(case.kinds, named[1], chip),
         vmem=int(scoped[1]) if scoped else 0,
       )
       found.append(dataclasses.asdict(measured))

@@ -1,6 +1,6 @@
 """Which blocks of a packed attention matrix hold anything, as lists that a TPU grid walks along.
 
-Letters: B batch, I query blocks, J key blocks, N = B * I * J.
+Letters: B batch, I query blocks, J key blocks, N = B * I * J / parts.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 from kernels.flash_attention.reference import Features
 
-FIRST, LAST, FULL, PARTIAL, DIAGONAL = 1, 2, 4, 8, 16  # bits of a flag
+FIRST, LAST = 1, 2  # bits of a flag, below the kinds of its parts
+FULL, PARTIAL, DIAGONAL = 1, 2, 3  # kinds of a block; 0 for one that holds nothing
+MOST_PARTS = 8
 _SHIFT = 16
 MOST_BLOCKS = 1 << 16  # two int32 of each lie in 1 MiB of scalar memory
 
@@ -26,18 +28,29 @@ def block_of(row: jax.Array) -> jax.Array:
   return row & ((1 << _SHIFT) - 1)
 
 
-class LiveBlocks(NamedTuple):
-  """Live blocks, those of one row of blocks in a sequence.
+def kind_of(flag: jax.Array, part: int | jax.Array) -> jax.Array:
+  """Of a part of an entry: FULL, PARTIAL, DIAGONAL, or 0."""
+  return jax.lax.shift_right_logical(flag, 2 + 2 * part) & 3
 
-  A row is a block of queries of one batch entry (forward) or a block of keys (backward). FIRST and
-  LAST mark its ends, FULL a block where every query sees every key, DIAGONAL one that a causal mask
-  cuts from corner to corner, PARTIAL any other. A row without live blocks has one entry that is
-  none of them, so that its zeros are written.
+
+def is_dead(flag: jax.Array) -> jax.Array:
+  """Whether no part of an entry holds anything."""
+  return jax.lax.shift_right_logical(flag, 2) == 0
+
+
+class LiveBlocks(NamedTuple):
+  """What a grid walks along, the entries of one row of blocks in a sequence.
+
+  A row is a block of queries of one batch entry (forward) or a block of keys (backward). An entry
+  is several blocks side by side in a row, its parts, of which at least one holds something. FIRST
+  and LAST mark the ends of a row; a part is FULL where every query sees every key, DIAGONAL where a
+  causal mask cuts it from corner to corner, or else PARTIAL. A row of nothing has one entry with no
+  such part, so that its zeros are written.
   """
 
   row: jax.Array  # [N] int32, batch << 16 | block: see `batch_of`, `block_of`
-  other: jax.Array  # [N] int32, block of keys (forward) or of queries (backward)
-  flags: jax.Array  # [N] int32
+  other: jax.Array  # [N] int32, blocks of keys (forward) or of queries (backward), in entries
+  flags: jax.Array  # [N] int32: `kind_of`
   count: jax.Array  # [] int32, entries in use
 
 
@@ -50,6 +63,7 @@ def live_blocks(
   k_block: int,
   *,
   by_keys: bool,
+  parts: int,
 ) -> LiveBlocks:
   """The live blocks of rows of segments.
 
@@ -61,6 +75,7 @@ def live_blocks(
     features: causal, window and by_position are read.
     q_block, k_block: sizes of a block.
     by_keys: rows are blocks of keys (the backward pass).
+    parts: blocks of an entry, a divisor of those in a row.
 
   A block is live if the mask leaves something of it and the range of segments of its keys overlaps
   that of its queries or holds the prefix of one. Raises ValueError when there are more than
@@ -96,7 +111,7 @@ def live_blocks(
   kind = jnp.where(live, jnp.where(full, FULL, PARTIAL), 0)
   if features.causal and q_block == k_block:
     kind = jnp.where(live & (start == 0), DIAGONAL, kind)
-  return _in_order(kind.swapaxes(1, 2) if by_keys else kind)
+  return _in_order(kind.swapaxes(1, 2) if by_keys else kind, parts)
 
 
 def _ranges(segments: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -108,9 +123,12 @@ def _ranges(segments: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.
   return low, high, (blocks.min(-1) == high) & (high >= 0)
 
 
-def _in_order(kind: jax.Array) -> LiveBlocks:
-  """Kinds [B, rows, others] -> the list of those that are kept."""
-  _, rows, others = kind.shape
+def _in_order(kind: jax.Array, parts: int) -> LiveBlocks:
+  """Kinds [B, rows, blocks] -> the list of the entries that are kept."""
+  batch, rows, blocks = kind.shape
+  others = blocks // parts
+  kind = kind.reshape(batch, rows, others, parts)
+  kind = jnp.sum(kind << 2 + 2 * jnp.arange(parts), -1)
   column = jnp.arange(others)
   kept = (kind > 0) | ((column == 0) & ~(kind > 0).any(-1, keepdims=True))
   first = kept & (jnp.cumsum(kept, -1) == 1)

@@ -67,12 +67,18 @@ def program(
 
 
 FORWARD = 4 * 8 * ROW * ROW * 128 / 2  # FLOPs under a causal mask
-# 8 heads, 10 of 16 blocks of 1024 are live, and the pipeline fills and drains.
-TURNS = {"forward": (82.0,), "backward": (82.0,)}
-# 8 completions of 380 tokens behind a prompt of 1024 that stands once: 11 of 16 blocks of 1024 are
-# live. With a prompt each they take 4 rows of 4096 and 24 live blocks.
+# 8 heads of 4 x 4 blocks of 1024, and the pipeline fills and drains. A turn has 4 blocks of keys
+# forward, and 4 or 2 of queries backward (`kernels.tiles`).
+_FOURS, _TWOS = ("forward", "v5e", "v5p"), "backward"
+TURNS = dict.fromkeys(_FOURS, (8 * 4 + 2.0,)) | {_TWOS: (8 * 6 + 2.0,)}
+DENSE_TURNS = dict.fromkeys(_FOURS, (8 * 4 + 2.0,)) | {_TWOS: (8 * 8 + 2.0,)}
+# Whole, masked and diagonal blocks, for each block of these turns.
+KINDS = dict.fromkeys(_FOURS, (6 / 16, 0.0, 4 / 16)) | {_TWOS: (6 / 12, 0.0, 4 / 12)}
+DENSE_KINDS = {"": (1.0, 0.0)}
+# 8 completions of 380 tokens behind a prompt of 1024 that stands once, its last token with each of
+# them: 9 of 16 blocks of 1024 are live. With a prompt each they take 4 rows of 4096 and 24 blocks.
 SHARED = 4 * 8 * 128 * (1023 * 1024 / 2 + 8 * (381 * 1023 + 381 * 382 / 2))
-SHARED_TURNS = {"forward": (90.0,), "backward": (90.0,)}
+SHARED_KINDS = dict.fromkeys(_FOURS, (0.0, 5 / 16, 4 / 16)) | {_TWOS: (0.0, 5 / 12, 4 / 12)}
 
 
 def _pair(name: str, **shape: Any) -> tuple[Case, Case]:
@@ -82,21 +88,32 @@ def _pair(name: str, **shape: Any) -> tuple[Case, Case]:
 
 
 CASES: tuple[Case, ...] = (
-  Case("causal_4096", program(), flops=FORWARD, turns=TURNS, budget=True),
+  Case("causal_4096", program(), flops=FORWARD, turns=TURNS, kinds=KINDS, budget=True),
   Case(
     "causal_4096_backward",
     program(True),
     flops=3.5 * FORWARD,
     turns=TURNS,
+    kinds=KINDS,
     budget=True,
     slow=True,
   ),
-  Case("shared_prefix", program(shared=True), flops=SHARED, turns=SHARED_TURNS),
+  # Whole blocks alone: cycles of a turn are those of all its blocks.
+  Case(
+    "dense_4096_backward",
+    program(True, causal=False),
+    flops=7 * FORWARD,
+    turns=DENSE_TURNS,
+    kinds=DENSE_KINDS,
+    slow=True,
+  ),
+  Case("shared_prefix", program(shared=True), flops=SHARED, turns=TURNS, kinds=SHARED_KINDS),
   Case(
     "shared_prefix_backward",
     program(True, shared=True),
     3.5 * SHARED,
-    turns=SHARED_TURNS,
+    turns=TURNS,
+    kinds=SHARED_KINDS,
     slow=True,
   ),
   # The families of the zoo, in packed rows.

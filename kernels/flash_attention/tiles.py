@@ -1,11 +1,13 @@
 """The blocks that the TPU kernels work in, and what both kernels do within one.
 
-A block is what a turn of the grid fetches; it is gone through in tiles, of which one's scores are
-computed while the softmax of another is taken. Tiles are [keys, queries].
+A turn of the grid fetches one block of its row and several of the other side, its parts, so that
+what a turn has around its work is shared by them. A block of scores is gone through in tiles, of
+which one's scores are computed while the softmax of another is taken. Tiles are [keys, queries].
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.flash_attention.blocks import DIAGONAL, FULL, MOST_PARTS, PARTIAL, kind_of
 from kernels.flash_attention.reference import Features
 
 LANES = 128
@@ -21,14 +24,21 @@ VMEM_LIMIT = 48 << 20  # the smallest chips have 64 MiB
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-  """Sizes in rows. Raises ValueError when a tile does not divide its block or is no whole lanes."""
+  """Sizes in rows, and blocks of a turn.
+
+  Raises ValueError when a tile does not divide its block or is no whole lanes, and for a number of
+  parts that is none.
+  """
 
   q_block: int
   k_block: int
   q_tile: int
   k_tile: int
+  parts: int = 1  # blocks of keys (forward) or of queries (backward) of a turn
 
   def __post_init__(self):
+    if not 1 <= self.parts <= MOST_PARTS:
+      raise ValueError(f"flash_attention tiles: expected 1 to {MOST_PARTS} parts, found {self}")
     for block, tile in ((self.q_block, self.q_tile), (self.k_block, self.k_tile)):
       if tile < 1 or block % tile or tile % LANES:
         raise ValueError(
@@ -36,11 +46,13 @@ class Tiles:
           f"found {self}"
         )
 
-  def within(self, queries: int, keys: int) -> "Tiles":
-    """The same, no larger than that many rows need."""
+  def within(self, queries: int, keys: int, *, by_keys: bool) -> "Tiles":
+    """The same, no larger than that many rows need; `by_keys` for the backward kernel."""
     q_block, q_tile = _fit(self.q_block, self.q_tile, queries)
     k_block, k_tile = _fit(self.k_block, self.k_tile, keys)
-    return Tiles(q_block, k_block, q_tile, k_tile)
+    blocks = -(-queries // q_block) if by_keys else -(-keys // k_block)
+    turns = -(-blocks // self.parts)
+    return Tiles(q_block, k_block, q_tile, k_tile, -(-blocks // turns))
 
 
 def _fit(block: int, tile: int, rows: int) -> tuple[int, int]:
@@ -49,16 +61,46 @@ def _fit(block: int, tile: int, rows: int) -> tuple[int, int]:
   return min(block, -(-rows // tile) * tile), tile
 
 
-def has_diagonal(features: Features, tiles: Tiles) -> bool:
-  """Whether a block may be cut from corner to corner."""
-  return features.causal and tiles.q_block == tiles.k_block
+def walk_parts(
+  walk: Callable[[Any, Any], None],
+  flag: jax.Array,
+  features: Features,
+  tiles: Tiles,
+  starts: Callable[[Any], Any],
+) -> None:
+  """Calls walk(part, start) for the live parts of a turn, a loop around code for each kind.
+
+  Args:
+    walk: start is None for a whole block, 0 for one cut from corner to corner, or else
+      `starts(part)`: rows that the first query stands behind the first key.
+    flag: of the entry.
+    features, tiles: of the kernel.
+    starts: see `walk`.
+  """
+
+  def one(part: Any) -> None:
+    kind = kind_of(flag, part)
+    for found, start in ((FULL, None), (PARTIAL, starts(part)), (DIAGONAL, 0)):
+      if found != DIAGONAL or (features.causal and tiles.q_block == tiles.k_block):
+        pl.when(kind == found)(functools.partial(walk, part, start))
+
+  if tiles.parts == 1:
+    one(0)
+  else:
+    pl.loop(0, tiles.parts)(one)
 
 
 class Tile(NamedTuple):
-  """A part of a block."""
+  """A part of a block, or of what a turn fetched."""
 
   queries: Any  # pl.Slice
   keys: Any
+
+
+def within_turn(rows: Any, part: int | jax.Array, block: int) -> Any:
+  """Rows of a block as rows of what a turn fetched, of which the block is a part."""
+  first = part * block + rows.start
+  return pl.ds(first if isinstance(first, int) else pl.multiple_of(first, LANES), rows.size)
 
 
 def steps(features: Features, tiles: Tiles, start: int | jax.Array | None) -> list[Tile]:
@@ -119,6 +161,12 @@ def dot(a: jax.Array, b: jax.Array, contract: Sequence[int]) -> jax.Array:
   )
 
 
+def in_hbm(x: jax.Array) -> jax.Array:
+  """An input of a kernel that XLA may not put into VMEM. It does so with small arrays, and what
+  copies of their blocks were DMAs beside the work are then loads and stores before it."""
+  return pltpu.with_memory_space_constraint(x, pltpu.HBM)
+
+
 def compiler_params(*dimensions: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParams:
   """Of both kernels. The scheduler by linear programming spills half as many registers: 4,914
   instead of 5,524 cycles of a block of 1024 on v5e, 2,854 instead of 3,124 on v6e (static)."""
@@ -126,4 +174,6 @@ def compiler_params(*dimensions: Literal["parallel", "arbitrary"]) -> pltpu.Comp
     dimension_semantics=dimensions,
     vmem_limit_bytes=VMEM_LIMIT,
     flags={"XLA_TPU_FORCE_LP_LLO_SCHEDULER": True},
+    disable_bounds_checks=True,
+    disable_semaphore_checks=True,
   )

@@ -1,7 +1,7 @@
 """Attention over packed segments on TPU: layouts around the two Pallas kernels.
 
 The kernels want rows of tokens along the lanes of queries, values and outputs, [B, H, K, S], and
-whole blocks; what is added to make blocks whole has segment -1.
+whole turns of blocks; what is added to make them whole has segment -1.
 
 Letters: B batch, H query heads, G key heads, S queries, T keys, K head width, V value width.
 """
@@ -44,7 +44,9 @@ def attention(
 ) -> tuple[jax.Array, jax.Array]:
   """`reference.attention`, as (out [B, S, H, V], lse [B, S, H]); tiles of forward and backward."""
   where = Where(q_ids, k_ids, jnp.asarray(q_offset, jnp.int32))
-  fitting = tuple(each.within(q.shape[1], k.shape[1]) for each in tiles)
+  fitting = tuple(
+    each.within(q.shape[1], k.shape[1], by_keys=i == 1) for i, each in enumerate(tiles)
+  )
   return _attention(q, k, v, sinks, where, features, fitting)
 
 
@@ -70,10 +72,10 @@ def _width_last(x: jax.Array, block: int) -> jax.Array:
   return _whole(_whole(x.transpose(0, 2, 1, 3), 2, block), 3, SUBLANES)
 
 
-def _whole_rows(where: Where, tiles: Tiles) -> Where:
+def _whole_rows(where: Where, q_rows: int, k_rows: int) -> Where:
   return Where(
-    _whole(where.q_ids, 2, tiles.q_block, -1),
-    _whole(where.k_ids, 2, tiles.k_block, -1),
+    _whole(where.q_ids, 2, q_rows, -1),
+    _whole(where.k_ids, 2, k_rows, -1),
     where.q_offset,
   )
 
@@ -85,11 +87,12 @@ def _queries(q: jax.Array, features: Features) -> jax.Array:
 
 def _forward(q, k, v, sinks, where, features, both):
   tiles, _ = both
+  q_rows, k_rows = tiles.q_block, tiles.k_block * tiles.parts
   out, lse = forward(
-    _tokens_last(_queries(q, features), tiles.q_block),
-    _width_last(k, tiles.k_block),
-    _tokens_last(v, tiles.k_block),
-    *_whole_rows(where, tiles),
+    _tokens_last(_queries(q, features), q_rows),
+    _width_last(k, k_rows),
+    _tokens_last(v, k_rows),
+    *_whole_rows(where, q_rows, k_rows),
     None if sinks is None else sinks.astype(jnp.float32) * attention_tile.LOG2_E,
     features,
     tiles,
@@ -107,18 +110,18 @@ def _backward(features, both, saved, cotangents):
   g, g_lse = cotangents
   delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1) - g_lse  # [B, S, H]
   base_2 = jnp.where(lse > MASKED / 2, lse * attention_tile.LOG2_E, -MASKED)
-  rows = lambda x: _whole(x.transpose(0, 2, 1)[:, :, None], 3, tiles.q_block)
-  whole = _whole_rows(where, tiles)
+  q_rows, k_rows = tiles.q_block * tiles.parts, tiles.k_block
+  both_rows = jnp.stack([base_2, delta], 2).transpose(0, 3, 2, 1)  # [B, H, 2, S]
+  whole = _whole_rows(where, q_rows, k_rows)
   inputs = Inputs(
     q_ids=whole.q_ids,
     k_ids=whole.k_ids,
-    q=_tokens_last(_queries(q, features), tiles.q_block),
-    d_out=_tokens_last(g, tiles.q_block),
-    lse=rows(base_2),
-    delta=rows(delta),
-    k=_width_last(k, tiles.k_block),
-    k_columns=_tokens_last(k, tiles.k_block),
-    v=_width_last(v, tiles.k_block),
+    q=_tokens_last(_queries(q, features), q_rows),
+    d_out=_tokens_last(g, q_rows),
+    rows=_whole(both_rows, 3, q_rows),
+    k=_width_last(k, k_rows),
+    k_columns=_tokens_last(k, k_rows),
+    v=_width_last(v, k_rows),
   )
   dq, dk, dv = backward(inputs, where.q_offset, features, tiles)
   tokens = lambda x, like: x[:, :, : like.shape[3], : like.shape[1]].transpose(0, 3, 1, 2)

@@ -5,9 +5,12 @@ delta = rowsum(dO O) - dlse (arXiv 2307.08691). Tiles of scores are [keys, queri
 forward kernel, and gradients are computed with tokens along lanes, so that all three products with
 a tile of scores have whole tokens as their columns.
 
-The grid walks along key heads, live blocks ordered by keys, and the query heads of a group. The
-gradients of a block of keys add up in VMEM; those of queries add up in HBM in float32: a turn
-fetches its block of them while it computes, adds, and sends the sum back during the next turn.
+The grid walks along key heads, live blocks ordered by keys, several blocks of queries a turn, and
+the query heads of a group. The gradients of a block of keys add up in VMEM; those of queries add up
+in HBM in float32, by way of VMEM (`kernels.flash_attention.exchange`). What a row of keys begins
+and ends with is done where its tiles are computed, whose cycles are those of the matrix units: the
+first block's sums take nothing from what VMEM holds, and every block rounds the sums so far into
+the block of results, of which the last one's are kept.
 
 Letters: B batch, H query heads, G key heads, S queries, T keys, K head width, V value width.
 """
@@ -21,18 +24,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import attention_tile
-from kernels.flash_attention import cost
+from kernels.flash_attention import cost, exchange
 from kernels.flash_attention import tiles as tiling
-from kernels.flash_attention.blocks import (
-  DIAGONAL,
-  FIRST,
-  FULL,
-  LAST,
-  PARTIAL,
-  batch_of,
-  block_of,
-  live_blocks,
-)
+from kernels.flash_attention.blocks import FIRST, batch_of, block_of, is_dead, live_blocks
+from kernels.flash_attention.exchange import Turn
 from kernels.flash_attention.reference import MASKED, Features
 from kernels.flash_attention.tiles import Tiles
 
@@ -44,38 +39,28 @@ class Inputs(NamedTuple):
   k_ids: Any  # [B, 1 to 2, T] int32
   q: Any  # [B, H, K, S], multiplied by `attention_tile.query_factor`
   d_out: Any  # [B, H, V, S]
-  lse: Any  # [B, H, 1, S] float32, in base 2, -MASKED for a query that sees nothing
-  delta: Any  # [B, H, 1, S] float32
+  rows: Any  # [B, H, 2, S] float32: lse in base 2, -MASKED for a query that sees nothing; delta
   k: Any  # [B, G, T, K]
   k_columns: Any  # [B, G, K, T], the same
   v: Any  # [B, G, T, V]
 
 
-class Sums(NamedTuple):
-  """What a turn adds to in VMEM: shapes or references."""
+class Gradients(NamedTuple):
+  """What a block of keys adds to: shapes, or references."""
 
-  dq: Any  # [K, q_block] float32, of this turn
   dk: Any  # [K, k_block] float32
   dv: Any  # [V, k_block] float32
+  fresh: Any  # [1] int32 in SMEM: whether nothing was added yet
 
 
-class Exchange(NamedTuple):
-  """The way of the queries' gradients between HBM and VMEM: shapes or references."""
-
-  fetched: Any  # [K, q_block] float32
-  sent: Any  # [K, q_block] float32
-  fetching: Any  # semaphores
-  sending: Any
-  pending: Any  # [1] int32 in SMEM: whether a sum is on its way
-
-
+@functools.partial(jax.jit, static_argnames=("features", "tiles"))
 def backward(
   x: Inputs, q_offset: jax.Array, features: Features, tiles: Tiles
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Gradients of the products' operands.
 
   Args:
-    x: S and T are whole blocks of the tiles.
+    x: S is whole turns of the tiles, T whole blocks.
     q_offset: [] int32.
     features, tiles: those of the forward pass; tiles may be others.
 
@@ -93,25 +78,24 @@ def backward(
     tiles.q_block,
     tiles.k_block,
     by_keys=True,
+    parts=tiles.parts,
   )
+  queries = tiles.parts * tiles.q_block
   q_map = lambda g, i, r, row, other, *_: (batch_of(row[i]), g * share + r, 0, other[i])
   k_map = lambda g, i, r, row, *_: (batch_of(row[i]), g, block_of(row[i]), 0)
   k_column_map = lambda g, i, r, row, *_: (batch_of(row[i]), g, 0, block_of(row[i]))
-  per_query = lambda size: pl.BlockSpec((None, None, size, tiles.q_block), q_map)
+  per_query = lambda size: pl.BlockSpec((None, None, size, queries), q_map)
   per_key = lambda size: pl.BlockSpec((None, None, tiles.k_block, size), k_map)
   columns = lambda size: pl.BlockSpec((None, None, size, tiles.k_block), k_column_map)
   ids = lambda x, block, where: pl.BlockSpec((None, x.shape[1], block), where)
   in_specs = Inputs(
-    q_ids=ids(
-      x.q_ids, tiles.q_block, lambda g, i, r, row, other, *_: (batch_of(row[i]), 0, other[i])
-    ),
+    q_ids=ids(x.q_ids, queries, lambda g, i, r, row, other, *_: (batch_of(row[i]), 0, other[i])),
     k_ids=ids(
       x.k_ids, tiles.k_block, lambda g, i, r, row, *_: (batch_of(row[i]), 0, block_of(row[i]))
     ),
     q=per_query(width),
     d_out=per_query(value_width),
-    lse=per_query(1),
-    delta=per_query(1),
+    rows=per_query(2),
     k=per_key(width),
     k_columns=columns(width),
     v=per_key(value_width),
@@ -128,16 +112,10 @@ def backward(
       in_specs=[*in_specs, pl.BlockSpec(memory_space=pltpu.HBM)],
       out_specs=[pl.BlockSpec(memory_space=pltpu.HBM), columns(width), columns(value_width)],
       scratch_shapes=(
-        Sums(
-          vmem(width, tiles.q_block), vmem(width, tiles.k_block), vmem(value_width, tiles.k_block)
+        Gradients(
+          vmem(width, tiles.k_block), vmem(value_width, tiles.k_block), pltpu.SMEM((1,), jnp.int32)
         ),
-        Exchange(
-          vmem(width, tiles.q_block),
-          vmem(width, tiles.q_block),
-          pltpu.SemaphoreType.DMA,
-          pltpu.SemaphoreType.DMA,
-          pltpu.SMEM((1,), jnp.int32),
-        ),
+        exchange.scratch(width, queries),
       ),
     ),
     out_shape=[
@@ -149,110 +127,104 @@ def backward(
     compiler_params=tiling.compiler_params("parallel", "arbitrary", "arbitrary"),
     cost_estimate=cost.backward(x, features, tiles),
     name="flash_attention_backward",
-  )(live.row, live.other, live.flags, q_offset.reshape(1), *x, zeros)
+  )(live.row, live.other, live.flags, q_offset.reshape(1), *map(tiling.in_hbm, (*x, zeros)))
 
 
 def _kernel(row, other, flags, offset, *refs, features, tiles, share, scale):
-  x, (_, dq_hbm, dk, dv, sums, exchange) = Inputs(*refs[:9]), refs[9:]
+  x, (_, dq_hbm, dk, dv, sums, state) = Inputs(*refs[:8]), refs[8:]
   g, i, r = (pl.program_id(axis) for axis in range(3))
   flag = flags[i]
+  fresh = (flag & FIRST != 0) & (r == 0)
+  sums.fresh[0] = jnp.where(fresh, 1, sums.fresh[0])
 
-  @pl.when((i == 0) & (r == 0))
+  @pl.when(fresh & is_dead(flag))
   def _():
-    exchange.pending[0] = 0
+    dk[...] = jnp.zeros_like(dk)
+    dv[...] = jnp.zeros_like(dv)
 
-  @pl.when((flag & FIRST != 0) & (r == 0))
-  def _():
-    sums.dk[...] = jnp.zeros(sums.dk.shape, jnp.float32)
-    sums.dv[...] = jnp.zeros(sums.dv.shape, jnp.float32)
+  queries = tiles.parts * tiles.q_block
 
-  @pl.when(flag & (FULL | PARTIAL | DIAGONAL) != 0)
-  def _():
-    queries = pl.ds(pl.multiple_of(other[i] * tiles.q_block, tiles.q_block), tiles.q_block)
-    block = dq_hbm.at[batch_of(row[i]), g * share + r, :, queries]
-    before = jnp.maximum(i - 1, 0)
-    again = (batch_of(row[before]) == batch_of(row[i])) & (other[before] == other[i]) & (share == 1)
-    _fetch(exchange, block, again)
-    first = offset[0] + other[i] * tiles.q_block - (block_of(row[i])) * tiles.k_block
-    for kind, start in ((FULL, None), (PARTIAL, first), (DIAGONAL, 0)):
-      if kind != DIAGONAL or tiling.has_diagonal(features, tiles):
-        pl.when(flag & kind != 0)(functools.partial(_walk, x, sums, features, tiles, start))
-    _send(exchange, block, sums.dq)
+  def sums_of(i, r):
+    rows = pl.ds(pl.multiple_of(other[i] * queries, queries), queries)
+    return dq_hbm.at[batch_of(row[i]), g * share + r, :, rows]
 
-  @pl.when((flag & LAST != 0) & (r == share - 1))
-  def _():
-    dk[...] = (sums.dk[...] * scale).astype(dk.dtype)
-    dv[...] = sums.dv[...].astype(dv.dtype)
-
-  @pl.when((i == pl.num_programs(1) - 1) & (r == share - 1))
-  def _():
-    _sent(exchange, dq_hbm.at[0, 0, :, pl.ds(0, tiles.q_block)])
+  here, there = (i, r), _next_turn(i, r, share)
+  turn = _turn(row, other, here, there, share)
+  place = exchange.begin(state, turn, lambda: sums_of(*here), lambda: sums_of(*there))
+  first = offset[0] + other[i] * queries - block_of(row[i]) * tiles.k_block
+  walk = functools.partial(_walk, x, sums, (dk, dv), state.sums.at[place], features, tiles, scale)
+  starts = lambda part: first + part * tiles.q_block
+  tiling.walk_parts(walk, flag, features, tiles, starts)
+  exchange.end(state, turn, lambda: sums_of(*here))
 
 
-def _fetch(x: Exchange, block: jax.Ref, again: jax.Array) -> None:
-  """Starts to fetch a block of sums; `again`: the turn before wrote to the same."""
-  pl.when(again)(functools.partial(_sent, x, block))
-  pltpu.make_async_copy(block, x.fetched, x.fetching).start()
+def _next_turn(i, r, share: int) -> tuple[jax.Array, jax.Array]:
+  """Entry and query head of the next turn; of this one where there is none."""
+  last = pl.num_programs(1) - 1
+  if share == 1:
+    return jnp.minimum(i + 1, last), r
+  wraps = r + 1 == share
+  return jnp.where(wraps, jnp.minimum(i + 1, last), i), jnp.where(wraps, 0, r + 1)
 
 
-def _sent(x: Exchange, block: jax.Ref) -> None:
-  """Waits until what was sent last (of the size of `block`) has arrived."""
-
-  @pl.when(x.pending[0] == 1)
-  def _():
-    pltpu.make_async_copy(x.sent, block, x.sending).wait()
-    x.pending[0] = 0
-
-
-def _send(x: Exchange, block: jax.Ref, more: jax.Ref) -> None:
-  """Adds `more` to what was fetched and starts to send it back."""
-  pltpu.make_async_copy(block, x.fetched, x.fetching).wait()
-  _sent(x, block)
-  x.sent[...] = x.fetched[...] + more[...]
-  pltpu.make_async_copy(x.sent, block, x.sending).start()
-  x.pending[0] = 1
-
-
-def _walk(x: Inputs, sums: Sums, features: Features, tiles: Tiles, start) -> None:
-  """All tiles of a block that may hold something, masked unless `start` is None; the products of
-  the next are computed one turn ahead."""
-  steps = tiling.steps(features, tiles, start)
-  for a in range(0, tiles.q_block, tiles.q_tile):
-    if all(tile.queries.start != a for tile in steps):
-      queries = pl.ds(a, tiles.q_tile)
-      sums.dq[:, queries] = jnp.zeros_like(sums.dq[:, queries])
-  ahead = _products(x, steps[0])
-  for n, tile in enumerate(steps):
-    product, d_weights = ahead
-    if n + 1 < len(steps):
-      ahead = _products(x, steps[n + 1])
-    first = all(before.queries.start != tile.queries.start for before in steps[:n])
-    _add(x, sums, tile, product, d_weights, features, start, first)
-
-
-def _products(x: Inputs, tile: tiling.Tile) -> tuple[jax.Array, jax.Array]:
-  """q k and dO v of a tile, [keys, queries]."""
-  dot = functools.partial(tiling.dot, contract=(1, 0))
-  return (
-    dot(x.k[tile.keys, :], x.q[:, tile.queries]),
-    dot(x.v[tile.keys, :], x.d_out[:, tile.queries]),
+def _turn(row, other, here, there, share: int) -> Turn:
+  """What `exchange` asks of a turn."""
+  (i, r), (after, r_after) = here, there
+  before = jnp.maximum(i - 1, 0)
+  same = lambda a, b: (batch_of(row[a]) == batch_of(row[b])) & (other[a] == other[b])
+  first = (i == 0) & (r == 0)
+  last = (i == pl.num_programs(1) - 1) & (r == share - 1)
+  return Turn(
+    first=first,
+    last=last,
+    again=(share == 1) & same(i, before) & ~first,
+    keeps=(share == 1) & same(i, after) & ~last,
+    block=other[i] * share + r,
+    following=other[after] * share + r_after,
   )
 
 
-def _add(x, sums, tile, product, d_weights, features: Features, start, first: bool) -> None:
-  """One tile's part of the gradients; `first` of its queries in this turn."""
-  a, c = tile
+def _walk(x: Inputs, sums: Gradients, results, dq, features, tiles: Tiles, scale, part, start):
+  """All tiles of a block that may hold something, masked unless `start` is None; the products of
+  the next are computed one turn ahead."""
+  steps = tiling.steps(features, tiles, start)
+  queries = lambda tile: tiling.within_turn(tile.queries, part, tiles.q_block)
+  fresh = sums.fresh[0] != 0
+  ahead = _products(x, queries(steps[0]), steps[0].keys)
+  for n, tile in enumerate(steps):
+    product, d_weights = ahead
+    if n + 1 < len(steps):
+      ahead = _products(x, queries(steps[n + 1]), steps[n + 1].keys)
+    a, c = queries(tile), tile.keys
+    here = None if start is None else start + tile.queries.start - c.start
+    weights, d_logits = _scores(x, a, c, product, d_weights, features, here)
+    first = all(before.keys.start != c.start for before in steps[:n])
+    last = all(behind.keys.start != c.start for behind in steps[n + 1 :])
+    by_keys = (tiling.dot(x.q[:, a], d_logits, (1, 1)), tiling.dot(x.d_out[:, a], weights, (1, 1)))
+    for total, result, more, factor in zip(sums, results, by_keys, (scale, 1.0)):
+      so_far = jnp.where(fresh, 0.0, total[:, c]) if first else total[:, c]
+      total[:, c] = so_far + more
+      if last:
+        result[:, c] = (total[:, c] * factor).astype(result.dtype)
+    dq[:, a] += tiling.dot(x.k_columns[:, c], d_logits, (1, 0))
+  sums.fresh[0] = 0
+
+
+def _products(x: Inputs, queries, keys) -> tuple[jax.Array, jax.Array]:
+  """q k and dO v of a tile, [keys, queries]."""
+  dot = functools.partial(tiling.dot, contract=(1, 0))
+  return dot(x.k[keys, :], x.q[:, queries]), dot(x.v[keys, :], x.d_out[:, queries])
+
+
+def _scores(x: Inputs, a, c, product, d_weights, features: Features, start):
+  """The weights of a tile and the gradients of its logits, of queries `a` and keys `c`; masked
+  unless `start` is None."""
   logits = attention_tile.logits(product, features.soft_cap)
   if start is not None:
-    here = start + a.start - c.start
-    seen = tiling.seen(x.q_ids[:, a], x.k_ids[:, c], features, here)
+    seen = tiling.seen(x.q_ids[:, a], x.k_ids[:, c], features, start)
     logits = jnp.where(seen, logits, MASKED)
-  weights = jnp.exp2(logits - x.lse[:, a])
-  d_logits = weights * (d_weights - x.delta[:, a])
+  weights = jnp.exp2(logits - x.rows[:1, a])
+  d_logits = weights * (d_weights - x.rows[1:, a])
   if features.soft_cap is not None:
     d_logits *= 1 - jnp.square(jnp.tanh(product))
-  weights, d_logits = weights.astype(x.v.dtype), d_logits.astype(x.q.dtype)
-  sums.dv[:, c] += tiling.dot(x.d_out[:, a], weights, (1, 1))
-  sums.dk[:, c] += tiling.dot(x.q[:, a], d_logits, (1, 1))
-  dq = tiling.dot(x.k_columns[:, c], d_logits, (1, 0))
-  sums.dq[:, a] = dq if first else sums.dq[:, a] + dq
+  return weights.astype(x.v.dtype), d_logits.astype(x.q.dtype)

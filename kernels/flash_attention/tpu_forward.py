@@ -3,7 +3,7 @@
 Tiles of scores are [keys, queries]: maxima and sums over keys are element-wise over registers, what
 belongs to a query is a row of lanes, and the product with the values has whole queries as its
 columns, so that a head of 128 fills a matrix unit of 256 (which [queries, keys] tiles leave half
-empty). The grid walks along heads and live blocks.
+empty). The grid walks along heads and live blocks, several blocks of keys a turn.
 
 Letters: B batch, H query heads, G key heads, S queries, T keys, K head width, V value width.
 """
@@ -19,20 +19,12 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels import attention_tile
 from kernels.flash_attention import cost
 from kernels.flash_attention import tiles as tiling
-from kernels.flash_attention.blocks import (
-  DIAGONAL,
-  FIRST,
-  FULL,
-  LAST,
-  PARTIAL,
-  batch_of,
-  block_of,
-  live_blocks,
-)
+from kernels.flash_attention.blocks import FIRST, LAST, batch_of, block_of, live_blocks
 from kernels.flash_attention.reference import MASKED, Features
 from kernels.flash_attention.tiles import Tiles
 
 
+@functools.partial(jax.jit, static_argnames=("features", "tiles"))
 def forward(
   q: jax.Array,
   k: jax.Array,
@@ -53,14 +45,16 @@ def forward(
     q_ids, k_ids: [B, 1 to 3, S] and [B, 1 to 2, T] int32, see `tpu.Where`.
     q_offset: [] int32.
     sinks: [H] float32, in base 2.
-    features, tiles: S and T are whole blocks of the tiles.
+    features, tiles: S is whole blocks of the tiles, T whole turns of them.
 
   Returns:
     (out [B, H, V, S], lse [B, H, 1, S] float32).
   """
   (batch, heads, width, queries), groups = q.shape, k.shape[1]
   value_width, share = v.shape[2], heads // groups
-  live = live_blocks(q_ids, k_ids, q_offset, features, tiles.q_block, tiles.k_block, by_keys=False)
+  sizes = (tiles.q_block, tiles.k_block)
+  live = live_blocks(q_ids, k_ids, q_offset, features, *sizes, by_keys=False, parts=tiles.parts)
+  fetched = tiles.parts * tiles.k_block
   q_map = lambda h, i, row, other, *_: (batch_of(row[i]), h, 0, block_of(row[i]))
   per_query = lambda size: pl.BlockSpec((None, None, size, tiles.q_block), q_map)
   k_map = lambda h, i, row, other, *_: (batch_of(row[i]), jax.lax.div(h, share), other[i], 0)
@@ -71,14 +65,14 @@ def forward(
       lambda h, i, row, *_: (batch_of(row[i]), 0, block_of(row[i])),
     ),
     pl.BlockSpec(
-      (None, k_ids.shape[1], tiles.k_block),
+      (None, k_ids.shape[1], fetched),
       lambda h, i, row, other, *_: (batch_of(row[i]), 0, other[i]),
     ),
     per_query(width),
-    pl.BlockSpec((None, None, tiles.k_block, width), k_map),
-    pl.BlockSpec((None, None, value_width, tiles.k_block), v_map),
+    pl.BlockSpec((None, None, fetched, width), k_map),
+    pl.BlockSpec((None, None, value_width, fetched), v_map),
   ]
-  inputs = [q_ids, k_ids, q, k, v]
+  inputs = [tiling.in_hbm(x) for x in (q_ids, k_ids, q, k, v)]
   if sinks is not None:
     in_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
     inputs.append(sinks)
@@ -118,11 +112,10 @@ def _kernel(row, other, flags, offset, q_ids, k_ids, q, k, v, *refs, features, t
     total[...] = jnp.full(total.shape, 0.0 if sink is None else 1.0, jnp.float32)
     acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
-  first = offset[0] + (block_of(row[i])) * tiles.q_block - other[i] * tiles.k_block
+  first = offset[0] + block_of(row[i]) * tiles.q_block - other[i] * tiles.parts * tiles.k_block
   walk = functools.partial(_walk, q_ids, k_ids, q, k, v, top, total, acc, features, tiles)
-  for kind, start in ((FULL, None), (PARTIAL, first), (DIAGONAL, 0)):
-    if kind != DIAGONAL or tiling.has_diagonal(features, tiles):
-      pl.when(flag & kind != 0)(functools.partial(walk, start))
+  starts = lambda part: first - part * tiles.k_block
+  tiling.walk_parts(walk, flag, features, tiles, starts)
 
   @pl.when(flag & LAST != 0)
   def _():
@@ -131,29 +124,30 @@ def _kernel(row, other, flags, offset, q_ids, k_ids, q, k, v, *refs, features, t
     lse[...] = log_sum
 
 
-def _walk(q_ids, k_ids, q, k, v, top, total, acc, features: Features, tiles: Tiles, start):
+def _walk(q_ids, k_ids, q, k, v, top, total, acc, features: Features, tiles: Tiles, part, start):
   """All tiles of a block that may hold something, masked unless `start` is None. While a tile's
   softmax is taken, the matrix units have the scores of the next and the values of the last."""
   dot = functools.partial(tiling.dot, contract=(1, 0))
   steps = tiling.steps(features, tiles, start)
-  ahead = dot(k[steps[0].keys, :], q[:, steps[0].queries])
-  behind: tuple[Any, ...] = ()  # the tile before this one, its weights and fade
+  keys = lambda tile: tiling.within_turn(tile.keys, part, tiles.k_block)
+  product = lambda tile: dot(k[keys(tile), :], q[:, tile.queries])
+  ahead = product(steps[0])
+  behind: tuple[Any, ...] = ()  # queries and keys of the tile before, its weights and fade
   for n, tile in enumerate(steps):
     a, c = tile
     x = attention_tile.logits(ahead, features.soft_cap)
     if start is not None:
       here = start + a.start - c.start
-      x = jnp.where(tiling.seen(q_ids[:, a], k_ids[:, c], features, here), x, MASKED)
+      x = jnp.where(tiling.seen(q_ids[:, a], k_ids[:, keys(tile)], features, here), x, MASKED)
     if n + 1 < len(steps):
-      ahead = dot(k[steps[n + 1].keys, :], q[:, steps[n + 1].queries])
+      ahead = product(steps[n + 1])
     if behind:
-      _collect(v, acc, behind)
+      _collect(v, acc, *behind)
     weights, top[:, a], total[:, a], fade = attention_tile.update(x, top[:, a], total[:, a], axis=0)
-    behind = (tile, weights.astype(v.dtype), fade)
-  _collect(v, acc, behind)
+    behind = (a, keys(tile), weights.astype(v.dtype), fade)
+  _collect(v, acc, *behind)
 
 
-def _collect(v, acc, done: tuple[Any, ...]) -> None:
-  """The values of a tile join the sum: (tile, weights, fade)."""
-  (a, c), weights, fade = done
-  acc[:, a] = acc[:, a] * fade + tiling.dot(v[:, c], weights, (1, 0))
+def _collect(v, acc, queries, keys, weights: jax.Array, fade: jax.Array) -> None:
+  """The values of a tile join the sum."""
+  acc[:, queries] = acc[:, queries] * fade + tiling.dot(v[:, keys], weights, (1, 0))

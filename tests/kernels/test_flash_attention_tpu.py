@@ -9,13 +9,14 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.flash_attention import blocks, flash_attention, reference
-from kernels.flash_attention.blocks import DIAGONAL, FIRST, FULL, LAST, PARTIAL, live_blocks
+from kernels.flash_attention.blocks import DIAGONAL, FIRST, FULL, LAST, live_blocks
 from kernels.flash_attention.reference import Features
 from kernels.flash_attention.tiles import Tiles
 from tests.kernels.attention_cases import Case, data, half, run
 
 SMALL = Tiles(256, 256, 128, 128)
 OBLONG = Tiles(256, 128, 256, 128)  # no block is cut from corner to corner
+PARTS = Tiles(128, 128, 128, 128, parts=2)
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
 
 
@@ -45,6 +46,8 @@ def on_tpu(case, x, tiles=SMALL, **options):
     # One shard of a context axis whose rows begin inside of a block; values wider than keys.
     (Case(2, 200, 500, 3, 3, 16, 48, offset=230, sinks=True, window=300), OBLONG),
     (Case(1, 130, 300, 4, 2, 192, 128, causal=False, soft_cap=3.0), OBLONG),
+    (Case(2, 600, 600, 2, 2, 16, 16), PARTS),
+    (Case(2, 300, 500, 2, 1, 16, 16, window=150, offset=200), PARTS),
     # Continuations of two prefixes; the window reaches over some but not all of each.
     (Case(1, 300, 300, 2, 1, 16, 16, window=40, soft_cap=2.0, sinks=True, shared=True), SMALL),
     (Case(2, 200, 500, 1, 1, 16, 16, offset=230, shared=True), OBLONG),
@@ -74,7 +77,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_xla_form():
 def test_any_number_of_live_blocks_and_a_traced_offset():
   """One compilation, segments and offsets of all kinds: the number of turns of the grid is data."""
   case = Case(2, 256, 384, 2, 1, 16, 16, offset=128)
-  tiles = (Tiles(128, 128, 128, 128),) * 2
+  tiles = (PARTS,) * 2
 
   @jax.jit
   def both(x, offset):
@@ -125,22 +128,28 @@ def test_live_blocks_are_those_that_hold_something():
     cut = mask.reshape(2, 8, block, 8, block)
     some, every = cut.any((2, 4)), cut.all((2, 4))
     for by_keys in (False, True):
-      ids = (q_ids, segments[:, None])
-      found = live_blocks(*ids, jnp.int32(0), features, block, block, by_keys=by_keys)
-      kinds = np.zeros((2, 8, 8), np.int32)
-      ends = []
-      for row, other, flags in list(zip(*map(np.asarray, found[:3])))[: int(found.count)]:
-        batch, own = int(blocks.batch_of(row)), int(blocks.block_of(row))
-        kinds[(batch, other, own) if by_keys else (batch, own, other)] = flags
-        ends.append((8 * batch + own, bool(flags & FIRST), bool(flags & LAST)))
-      assert ((kinds & (FULL | PARTIAL | DIAGONAL) != 0) == some).all()
-      assert (every[kinds & FULL != 0]).all()
-      assert ((kinds & DIAGONAL != 0) == (some & np.eye(8, dtype=bool))).all()
-      rows = [row for row, first, _ in ends if first]
-      assert rows == sorted({row for row, *_ in ends}) == list(range(16))
-      assert rows == [row for row, _, last in ends if last]
-      empty = 16 - np.count_nonzero(some.any(1 if by_keys else 2))
-      assert int(found.count) == some.sum() + empty < 40
+      for parts in (1, 2):
+        ids, sizes = (q_ids, segments[:, None]), (block, block)
+        found = live_blocks(*ids, jnp.int32(0), features, *sizes, by_keys=by_keys, parts=parts)
+        kinds = np.zeros((2, 8, 8), np.int32)
+        ends = []
+        for row, other, flags in list(zip(*map(np.asarray, found[:3])))[: int(found.count)]:
+          batch, own = int(blocks.batch_of(row)), int(blocks.block_of(row))
+          for part in range(parts):
+            place = parts * int(other) + part
+            kind = blocks.kind_of(flags, part)
+            kinds[(batch, place, own) if by_keys else (batch, own, place)] = kind
+          ends.append((8 * batch + own, bool(flags & FIRST), bool(flags & LAST)))
+        assert ((kinds > 0) == some).all()
+        assert (every[kinds == FULL]).all()
+        assert ((kinds == DIAGONAL) == (some & np.eye(8, dtype=bool))).all()
+        rows = [row for row, first, _ in ends if first]
+        assert rows == sorted({row for row, *_ in ends}) == list(range(16))
+        assert rows == [row for row, _, last in ends if last]
+        others = some.swapaxes(1, 2) if by_keys else some
+        entries = others.reshape(2, 8, 8 // parts, parts).any(-1)
+        empty = 16 - np.count_nonzero(entries.any(2))
+        assert int(found.count) == entries.sum() + empty < 40
 
 
 @pytest.mark.parametrize(

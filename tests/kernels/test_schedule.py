@@ -46,8 +46,8 @@ def test_a_loop_whose_turns_only_the_case_knows(tmp_path):
   assert (found.turn, found.cycles, found.unknown) == (8, 13, 1)
   found = figures.measure("op.1", read(), turns=(7,))
   assert (found.turn, found.cycles, found.unknown) == (8, 3 + 7 * 8 + 2, 0)
-  assert figures.turns_of({"other": (3,), "op": (7,)}, "op.1") == (7,)
-  assert figures.turns_of({"other": (3,)}, "op.1") == ()
+  assert figures.of_kernel({"other": (3,), "op": (7,)}, "op.1") == (7,)
+  assert figures.of_kernel({"other": (3,)}, "op.1") == ()
 
 
 def skipping(products, to):
@@ -68,6 +68,16 @@ def test_two_arms_of_one_choice_run_once(tmp_path):
   write(tmp_path, looped("ge.s32.totalorder %s1_s3, 10", arms))
   found = figures.measure("op.1", listing.read(tmp_path, "op.1"))
   assert found.turn == 2 * 5 + 20 + 6
+
+
+def test_kinds_of_work_run_as_often_as_the_case_says(tmp_path):
+  """Of 10 turns a fourth does 20 products, a half 30, the rest neither."""
+  write(tmp_path, looped("ge.s32.totalorder %s1_s3, 10", skipping(20, 28) + skipping(30, 63)))
+  read = lambda: listing.read(tmp_path, "op.1")
+  found = figures.measure("op.1", read(), kinds=(0.25, 0.5))
+  assert (found.turn, found.cycles) == (2 * 5 + 5 + 15 + 6, 3 + 10 * 36 + 2)
+  with pytest.raises(ValueError, match="expected 3 regions of matrix work, found 2"):
+    figures.measure("op.1", read(), kinds=(0.25, 0.5, 0.1))
 
 
 def test_a_pipelined_loop_fills_and_drains(tmp_path):
