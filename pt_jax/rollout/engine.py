@@ -14,7 +14,6 @@ pages (`prefix.extend` takes a salt) and into `Rows`.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -103,12 +102,10 @@ class Engine:
     self._plan = None if speculation is None else speculation.plan(config)
     self._weights: tuple[Params, ...] = ()
     if draft is not None:
-      prepare = jax.jit(functools.partial(programs.use_layout, config=draft.config))
-      self._weights = ({}, prepare(draft.params))
+      self._weights = ({}, programs.prepare(draft.params, config=draft.config))
     self._caching, self._most = True, max_length
     self._requests: dict[int, Request] = {}
     self._number = 0
-    self._prepare = jax.jit(functools.partial(programs.use_layout, config=config))
     self.update(params, version)
 
   def update(self, params: Params, version: int) -> None:
@@ -119,7 +116,7 @@ class Engine:
     the tokens behind are drawn. A draft model keeps its weights.
     """
     draft, self._weights = self._weights[1:], ()  # the old ones make room for the new
-    self._weights = (self._prepare(params), *draft)
+    self._weights = (programs.prepare(params, config=self.config), *draft)
     self.version = version
     self._scheduler.clear()
 

@@ -80,6 +80,7 @@ def use_layout(params: Params, *, config: ModelConfig) -> Params:
   return top | {"blocks": [layer(i) for i in range(config.layers)]}
 
 
+prepare = jax.jit(use_layout, static_argnames="config")
 # See the functions of `cache`.
 empty_pages = jax.jit(kv.empty, static_argnums=(0, 1, 2))
 resize = jax.jit(kv.resize, static_argnums=(0, 3))
