@@ -118,7 +118,8 @@ def _fits(found: Forecast, piece: Slice) -> bool:
 
 
 def _meshes(devices: int, fixed: Choice) -> Iterator[dict[str, int]]:
-  """Powers of two, or what is left of another number of devices, for data, context and tensor."""
+  """Powers of two for context and tensor, and where both are 1 for expert, which is then one more
+  axis of the batch; data is what is left."""
   if fixed.mesh is not None:
     yield dict(fixed.mesh)
     return
@@ -126,6 +127,7 @@ def _meshes(devices: int, fixed: Choice) -> Iterator[dict[str, int]]:
   for context, tensor in itertools.product(powers, powers):
     if devices % (context * tensor) == 0:
       yield {"data": devices // (context * tensor), "context": context, "tensor": tensor}
+  yield from ({"data": devices // n, "expert": n} for n in powers if 1 < n < devices)
 
 
 def _options(stage: Stage, fixed: Choice) -> Iterator[tuple[int, Remat, int]]:
