@@ -194,7 +194,8 @@ class _Model:
     data: blocks are gathered forward and backward where ZeRO 3 splits them, and gradients are
     scattered, or summed under ZeRO 1; over a whole slice all of these become all-reduces (see
     docs/results.md); expert: gradients are summed; tensor: sums of [t, D], two forward, two
-    backward, and what is computed again; context: keys and values are gathered, and their gradients scattered.
+    backward, and what is computed again; context: keys and values are gathered, and their
+    gradients scattered.
     """
     c, sizes, item = self.config, self.mesh.shape, BYTES[self.config.compute_dtype]
     params = (self._block() * c.layers + self._vocabulary()) * item
