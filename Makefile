@@ -31,6 +31,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m launch.bench
+	$(BIN)/python -m launch.bench_engine
 
 setup: $(READY)
 

@@ -30,6 +30,7 @@ def config(
   row_length: int = 1024,
   rows: int = 16,
   slots: int = 128,
+  share_prompts: bool = True,
   temperature: float = 1.0,
   held_out: int = 512,
   tensor: int = 1,
@@ -51,6 +52,7 @@ def config(
     row_length: tokens of a question and its completion together, and of a packed row.
     rows: packed rows of a microbatch, on all devices.
     slots: completions decoded at once.
+    share_prompts: a question is computed once for its completions instead of for each.
     temperature: of sampling.
     held_out: test questions per evaluation.
     tensor: devices that each layer is split over; the others are data-parallel.
@@ -86,6 +88,7 @@ def config(
         group_size=group_size,
         rows=rows,
         row_length=row_length,
+        share_prompts=share_prompts,
         slots=slots,
         evaluate_every=20,
         evaluate_problems=held_out,

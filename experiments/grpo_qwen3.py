@@ -39,6 +39,7 @@ def config(
   row_length: int = 8192,
   rows: int = 256,
   slots: int = 1024,
+  share_prompts: bool = False,
   temperature: float = 1.0,
   held_out: int = 512,
   remat: Remat = "block",
@@ -63,6 +64,8 @@ def config(
     row_length: tokens of a problem and its completion together, and of a packed row.
     rows: packed rows of a microbatch, on all devices.
     slots: completions decoded at once.
+    share_prompts: a problem is computed once for its completions instead of for each, which is
+      worth it where several of them fit into a row.
     temperature: of sampling.
     held_out: test problems per evaluation.
     remat: what a block keeps for its backward pass.
@@ -90,6 +93,7 @@ def config(
     group_size=group_size,
     rows=rows,
     row_length=row_length,
+    share_prompts=share_prompts,
     slots=slots,
     evaluate_every=20,
     evaluate_problems=held_out,

@@ -27,18 +27,20 @@ from pt_jax.models.config import ModelConfig
 from pt_jax.rollout.engine import Engine
 from pt_jax.rollout.proposals import Speculation
 from pt_jax.rollout.rollouts import SamplingParams
+from pt_jax.serve.load import find
 from pt_jax.weights import Params
 
 PROBLEMS = "../shared/data/gsm8k/train.jsonl"
 PROMPTS, GROUP = 48, 8  # of a GRPO batch
 
 
-def main(problems: str = PROBLEMS, repeats: int = 5) -> None:
+def main(problems: str = PROBLEMS, repeats: int = 5, run: pathlib.Path | None = None) -> None:
   """Prints what prefix sharing saves on a GRPO batch, and what n-gram speculation does to decoding.
 
   Args:
     problems: JSON lines with a "question", the prompts of the batch as bytes.
     repeats: timings of each kind; the medians are shown.
+    run: a folder of a run, to guess what its policy says, too.
   """
   if host.choose_platform() == "cpu":
     host.use_cpu(SPEC["threads"])
@@ -46,6 +48,8 @@ def main(problems: str = PROBLEMS, repeats: int = 5) -> None:
     config, _, state = bench_tasks.start()
     share_prompts(config, state.params, _questions(problems), repeats)
     speculate(config, state.params, repeats)
+    if run is not None:
+      speculate_on(run, repeats)
 
 
 def _questions(path: str) -> list[list[int]]:
@@ -80,32 +84,60 @@ def share_prompts(
 
 def speculate(config: ModelConfig, params: Params, repeats: int) -> None:
   """Tokens/s of decoding with and without guesses, for one sequence and for 64 at once."""
-  ways = {"repeats itself": 0.0, "says anything": 1.0}
   print("n-grams of 3, 4 guesses")
-  for batch in (1, 64):
-    prompts = bench_tasks.random_prompts(batch, 32, config.vocab_size)
+  for name, temperature in {"repeats itself": 0.0, "says anything": 1.0}.items():
+    sampling = SamplingParams(max_tokens=128, temperature=temperature)
+    prompts = bench_tasks.random_prompts(64, 32, config.vocab_size)
+    _speculate(name, config, params, prompts, sampling, repeats)
+
+
+def speculate_on(folder: pathlib.Path, repeats: int) -> None:
+  """The same with what a run has trained, on the prompts of its samples, greedy."""
+  source = find(folder)
+  lines = (folder / "samples.jsonl").read_text().splitlines()
+  texts = list(dict.fromkeys(json.loads(line)["prompt"] for line in lines))[:64]
+  prompts = [source.tokenizer.encode(text) for text in texts]
+  ends = () if source.tokenizer.eos_id is None else (source.tokenizer.eos_id,)
+  sampling = SamplingParams(max_tokens=64, temperature=0.0, stop_tokens=ends)
+  params = source.params(jax.sharding.get_mesh())
+  _speculate(folder.parent.name, source.config, params, prompts, sampling, repeats)
+
+
+def _speculate(
+  name: str,
+  config: ModelConfig,
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  sampling: SamplingParams,
+  repeats: int,
+) -> None:
+  length = max(map(len, prompts)) + sampling.max_tokens
+  for batch in (1, len(prompts)):
+    slots = -(-batch // jax.device_count()) * jax.device_count()
     engines = [
-      Engine(config, params, slots=max(batch, jax.device_count()), max_length=160, speculation=s)
+      Engine(config, params, slots=slots, max_length=length, speculation=s)
       for s in (None, Speculation(tokens=4, ngram=3))
     ]
-    for name, temperature in ways.items():
-      sampling = SamplingParams(max_tokens=128, temperature=temperature)
-      times: list[list[float]] = [[], []]
-      before = engines[1].figures.copy()
-      for i in range(repeats + 2):
-        rollouts = []
-        for engine, own in zip(engines, times):
-          started = time.perf_counter()
-          rollouts.append(engine.generate(prompts, sampling, key=jax.random.key(i)))
-          own.append(time.perf_counter() - started)
-        assert np.mean(rollouts[0].tokens == rollouts[1].tokens) > 0.99
-      plain, guessed = (batch * 128 / statistics.median(own[2:]) for own in times)
-      rates = engines[1].figures.since(before)
-      print(
-        f"  {batch:2} at once, {name:14}  without {plain:6.0f} tokens/s  with {guessed:6.0f}"
-        f"  ratio {guessed / plain:4.2f}  accepted {rates['accepted']:4.2f}"
-        f"  tokens per step {rates['tokens_per_step']:4.2f}"
-      )
+    rates: list[list[float]] = [[], []]
+    before = engines[1].figures.copy()
+    for i in range(repeats + 2):
+      found = []
+      for engine, own in zip(engines, rates):
+        started = time.perf_counter()
+        own_prompts = prompts[i % len(prompts) :][:1] if batch == 1 else prompts
+        found.append(engine.generate(own_prompts, sampling, key=jax.random.key(i)))
+        tokens = int((found[-1].length - found[-1].prompt_length).sum())
+        own.append(tokens / (time.perf_counter() - started))
+      assert found[0].tokens.shape == found[1].tokens.shape
+      assert np.mean(found[0].tokens == found[1].tokens) > 0.99
+    plain, guessed = (statistics.median(own[2:]) for own in rates)
+    shares = engines[1].figures.since(before)
+    print(
+      f"  {batch:2} at once, {name:14}  without {plain:6.0f} tokens/s  with {guessed:6.0f}"
+      f"  ratio {guessed / plain:4.2f}  accepted {shares['accepted']:4.2f}"
+      f"  tokens per step {shares['tokens_per_step']:4.2f}",
+      flush=True,
+    )
 
 
 if __name__ == "__main__":

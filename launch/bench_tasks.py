@@ -47,19 +47,21 @@ def _updater(table: Table) -> Updater:
 
 
 def start() -> tuple[ModelConfig, Updater, TrainState]:
+  """The model of `SPEC`, its updater and a train state of random weights."""
   config = _config()
   updater = _updater(decoder.table(config))
   make = lambda key: updater.create(decoder.init(key, config, updater.layout.params))
   return config, updater, jax.jit(make)(jax.random.key(0))
 
 
-def _put(batch: Any) -> Any:
+def put(batch: Any) -> Any:
+  """A batch [A, B, S] on the mesh in context."""
   return sharding.put(batch, sharding.batch_spec(1), jax.sharding.get_mesh())
 
 
 def _fields(packed: Packed, credit: Credit) -> Any:
   """What credit decides of a policy batch, on the mesh."""
-  return _put(packed.fields(credit))
+  return put(packed.fields(credit))
 
 
 def _sft() -> Callable[[int], int]:
@@ -71,7 +73,7 @@ def _sft() -> Callable[[int], int]:
   positions = np.broadcast_to(np.arange(spec["length"], dtype=np.int32), shape)
   mask, ones = (positions > 0).astype(np.float32), np.ones(shape, np.float32)
   fields: Any = (tokens, positions, np.zeros_like(tokens), mask, ones)
-  batch = _put(Batch(*fields))
+  batch = put(Batch(*fields))
   step = functools.partial(supervised.sft_step, config=config, updater=updater, objective=sft())
   step = jax.jit(step, donate_argnums=0)
   box = [state]
@@ -167,7 +169,7 @@ def _grpo() -> Callable[[int], int]:
     packed = pack_rollouts(rollouts, rows=count, row_length=length)
     episodes = Episodes(_rewards(rollouts), np.zeros(count, bool), groups, packed.drawn)
     credit = assign_credit(episodes, objective=objective)
-    batch = dataclasses.replace(_put(packed.batch), **_fields(packed, credit))
+    batch = dataclasses.replace(put(packed.batch), **_fields(packed, credit))
     box[0], _ = step(box[0], batch)
     engine.update(box[0].params, i + 1)
     jax.block_until_ready(box[0])
@@ -190,7 +192,7 @@ def _dpo() -> Callable[[int], int]:
 
   plan = one_per_row([2 * length] * spec["pairs"], 2 * length)
   batch = pack_groups([pair() for _ in range(spec["pairs"])], plan)
-  batch = _put(jax.tree.map(lambda x: x[None], batch))
+  batch = put(jax.tree.map(lambda x: x[None], batch))
   objective = preference_objective.dpo(spec["beta"])
   score = jax.jit(functools.partial(preference.score, config=config))
   step = jax.jit(
@@ -237,7 +239,7 @@ def _ppo() -> Callable[[int], int]:
   def once(i: int) -> int:
     rollouts = engine.generate(prompts, sampling, key=jax.random.key(i))
     packed = pack_rollouts(rollouts, rows=count, row_length=length)
-    batch = _put(packed.batch)
+    batch = put(packed.batch)
     batch = dataclasses.replace(
       batch,
       old_logprobs=score(box[0].params, batch),

@@ -41,6 +41,8 @@ class Options:
   """What a block keeps for its backward pass, instead of the model's."""
   microbatches: int | None = None
   """Parts that an update is computed in, instead of the stage's."""
+  slots: int | None = None
+  """Completions that the engine decodes at once, instead of the stage's."""
   stage: str | None = None
   """The stage to plan; by default the last one that trains."""
   debug: bool = False
@@ -78,7 +80,7 @@ def run(command: Command) -> int:
   options = command.options
   piece = open_slice(options.topology)
   mesh = None if options.mesh is None else read_mesh(options.mesh)
-  choice = Choice(mesh, options.zero, options.remat, options.microbatches)
+  choice = Choice(mesh, options.zero, options.remat, options.microbatches, options.slots)
   experiment = command.function(**command.arguments)
   plan = plan_stage(experiment, _stage(experiment, options.stage), piece, choice)
   print(page(plan))

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pt_jax.data.groups import segments_of
-from pt_jax.data.packing import Plan, pack
+from pt_jax.data.packing import Plan, one_per_row, pack
+
+Part = list[int]  # completions that stand behind one prompt in one row
 
 
 class SharedPlan(NamedTuple):
@@ -37,8 +39,9 @@ def pack_shared(
   """Packs completions with their prompts into few rows, those of one prompt together.
 
   A group that is longer than a row is split, each part behind a prompt of its own. So is one where
-  that takes fewer rows: parts of at most N, N/2, N/4... 1 completions are tried, and of the plans
-  with the fewest rows that with the fewest tokens is kept. It never needs more rows than `pack`.
+  that takes fewer rows: of three plans, that with the fewest rows is kept, then that with the
+  fewest tokens. They are groups in best-fit decreasing; groups one behind the other, each split
+  where its row is full; and completions alone, so that there are never more rows than with `pack`.
 
   Args:
     prompts: [N] what tells the prompts of completions apart.
@@ -55,39 +58,63 @@ def pack_shared(
   groups: dict[Any, list[int]] = {}
   for i, prompt in enumerate(prompts):
     groups.setdefault(prompt, []).append(i)
+  members = list(groups.values())
+  size = lambda parts: sum(int(head[part[0]] + tail[part].sum()) for part in parts)
   plans = []
-  most = 1 << (max(map(len, groups.values())) - 1).bit_length()
-  while most:
-    parts = [
-      p for members in groups.values() for p in _parts(members, head, tail, row_length, most)
-    ]
-    sums = [head[part[0]] + tail[part].sum() for part in parts]
-    plans.append((parts, pack(sums, row_length, rows_multiple=rows_multiple)))
-    most //= 2
-  parts, plan = min(plans, key=lambda each: (each[1].rows, each[1].kept.sum()))
-  return _refined(parts, plan, head, tail)
+  for most in (len(tail), 1):
+    parts = [[part] for group in members for part in _split(group, head, tail, row_length, most)]
+    plans.append((parts, pack([*map(size, parts)], row_length, rows_multiple=rows_multiple)))
+  rows = _in_order(members, head, tail, row_length)
+  plans.append((rows, one_per_row([*map(size, rows)], row_length, rows_multiple=rows_multiple)))
+  bins, plan = min(plans, key=lambda each: (each[1].rows, each[1].kept.sum()))
+  return _refined(bins, plan, head, tail)
 
 
-def _parts(
-  members: list[int], head: np.ndarray, tail: np.ndarray, row_length: int, most: int
-) -> list[list[int]]:
+def _split(
+  group: Part, head: np.ndarray, tail: np.ndarray, row_length: int, most: int
+) -> list[Part]:
   """The completions of one prompt, in parts that fit into a row behind it, of at most `most`."""
   parts = []
-  for start in range(0, len(members), most):
-    some = np.asarray(members[start : start + most])
+  for start in range(0, len(group), most):
+    some = np.asarray(group[start : start + most])
     plan = pack(tail[some], row_length - int(head[some[0]]))
     parts += [some[plan.row == row].tolist() for row in range(plan.rows)]
   return parts
 
 
-def _refined(parts: list[list[int]], plan: Plan, head: np.ndarray, tail: np.ndarray) -> SharedPlan:
-  """The plan over parts as one over prompts and completions."""
-  owner = np.array([part[0] for part in parts])
-  flat = segments_of(plan, [[head[part[0]], *tail[part]] for part in parts])
+def _in_order(
+  groups: list[Part], head: np.ndarray, tail: np.ndarray, row_length: int
+) -> list[list[Part]]:
+  """Rows that are filled one after the other, with the longest completions of a group that fit."""
+  rows: list[list[Part]] = []
+  room = 0
+  for group in groups:
+    left = sorted(group, key=lambda i: -tail[i])
+    while left:
+      free, part = room - head[left[0]], []
+      for i in left:
+        if tail[i] <= free:
+          part.append(i)
+          free -= tail[i]
+      if part:
+        rows[-1].append(part)
+        room, left = free, [i for i in left if i not in part]
+      else:
+        rows.append([])
+        room = row_length
+  return rows
+
+
+def _refined(bins: list[list[Part]], plan: Plan, head: np.ndarray, tail: np.ndarray) -> SharedPlan:
+  """A plan over bins of parts as one over prompts and completions."""
+  parts = [part for each in bins for part in each]
+  lengths = [[n for part in each for n in (head[part[0]], *tail[part])] for each in bins]
+  flat = segments_of(plan, lengths)
   sizes = np.array([1 + len(part) for part in parts])
   heads = np.cumsum(sizes) - sizes
   completions = np.delete(np.arange(len(flat.row)), heads)[np.argsort(np.concatenate(parts))]
   prefix = np.repeat(flat.segment[heads], sizes)[completions]
+  owner = np.array([part[0] for part in parts])
   return SharedPlan(_some(flat, completions), _some(flat, heads), prefix, owner)
 
 

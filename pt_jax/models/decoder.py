@@ -139,13 +139,18 @@ def embed(table_vd: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array
   return mapped(table_vd, tokens)
 
 
+def attention_ids(segment_ids: jax.Array, prefix_ids: jax.Array) -> jax.Array:
+  """Whose keys are whose: a shared prompt, which is in no segment of the batch, is one here."""
+  return jnp.where(segment_ids < 0, prefix_ids, segment_ids)
+
+
 def attend_packed(
   c: ModelConfig, segment_ids: jax.Array, prefix_ids: jax.Array | None = None
 ) -> Attend:
   """Training attention: causal within the segments of a row, and of each to its prefix. Keys are
   gathered over `context`."""
   if prefix_ids is not None:
-    segment_ids = jnp.where(segment_ids < 0, prefix_ids, segment_ids)
+    segment_ids = attention_ids(segment_ids, prefix_ids)
 
   def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
     queries, keys = (

@@ -1,5 +1,5 @@
-"""What a plan may change of an experiment: the mesh, the ZeRO stage, rematerialisation and
-microbatches. None of them changes what is learned."""
+"""What a plan may change of an experiment: mesh, ZeRO stage, rematerialisation, microbatches, slots
+of the engine. None of them changes what is learned."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,10 +17,12 @@ class Choice:
   zero: int | None = None
   remat: Remat | None = None
   microbatches: int | None = None  # of an update
+  slots: int | None = None  # completions that an engine decodes at once
 
   def __str__(self) -> str:
     mesh = ",".join(f"{name}={size}" for name, size in (self.mesh or {}).items())
-    rest = {"zero": self.zero, "remat": self.remat, "microbatches": self.microbatches}
+    names = [field.name for field in dataclasses.fields(self) if field.name != "mesh"]
+    rest = {name: getattr(self, name) for name in names}
     options = [f"--{name} {value}" for name, value in rest.items() if value is not None]
     return " ".join([f"--mesh {mesh}"] * bool(mesh) + options)
 
@@ -33,7 +35,7 @@ def applied(experiment: Experiment, stage: Stage, choice: Choice) -> tuple[Exper
   config = model_of(experiment)
   if choice.remat is not None:
     config = dataclasses.replace(config, remat=choice.remat)
-  stage = _with_microbatches(stage, choice.microbatches)
+  stage = _with_slots(_with_microbatches(stage, choice.microbatches), choice.slots)
   return dataclasses.replace(
     experiment,
     model=config,
@@ -58,6 +60,14 @@ def _with_microbatches(stage: Stage, count: int | None) -> Stage:
   return dataclasses.replace(stage, microbatches=count)
 
 
+def _with_slots(stage: Stage, count: int | None) -> Stage:
+  if count is None:
+    return stage
+  if not isinstance(stage, Online):
+    raise ValueError(f"slots: expected an Online stage, found {type(stage).__name__}")
+  return dataclasses.replace(stage, slots=count)
+
+
 def chosen(experiment: Experiment, stage: Stage, sizes: Mapping[str, int]) -> Choice:
   """What the experiment says on a mesh of these sizes, in full."""
   return Choice(
@@ -65,4 +75,5 @@ def chosen(experiment: Experiment, stage: Stage, sizes: Mapping[str, int]) -> Ch
     zero=experiment.zero,
     remat=model_of(experiment).remat,
     microbatches=work_of(stage).microbatches,
+    slots=stage.slots if isinstance(stage, Online) else None,
   )

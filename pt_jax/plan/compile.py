@@ -3,6 +3,7 @@
 import dataclasses
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from pt_jax.plan.choices import Choice, applied, chosen
 from pt_jax.plan.collectives import Collective
 from pt_jax.plan.cost import Kernel
 from pt_jax.plan.memory import Memory
-from pt_jax.plan.programs import Program, train_programs
+from pt_jax.plan.program import Program
+from pt_jax.plan.programs import train_programs
 from pt_jax.plan.roofline import Roofline, roofline
 from pt_jax.plan.topology import Slice, mesh_on
 
@@ -27,6 +29,11 @@ class Measured:
   memory: Memory
   seconds: float  # tracing, lowering and compiling took
   xla: "Analysis | None"  # None where XLA refused it
+
+  @property
+  def in_order(self) -> float:
+    """Seconds of one call, no two operations at a time; 0 where XLA refused it."""
+    return 0.0 if self.xla is None else self.xla.roofline.in_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +62,61 @@ class Plan:
     """Whether every program fits."""
     return all(one.memory.fits for one in self.programs)
 
+  @property
+  def worst(self) -> Measured:
+    """The program that is nearest to what is usable, or farthest over it."""
+    return max(self.programs, key=lambda one: (not one.memory.fits, one.memory.total))
 
-def plan_stage(experiment: Experiment, stage: Stage, piece: Slice, choice: Choice) -> Plan:
+  @property
+  def seconds(self) -> float:
+    """Of all calls of an update, or of a step of an online stage, one after the other."""
+    return sum(one.program.calls * one.in_order for one in self.programs)
+
+  @property
+  def compiled(self) -> bool:
+    """Whether XLA refused none of them."""
+    return all(one.xla is not None for one in self.programs)
+
+  @property
+  def unknown(self) -> tuple[str, ...]:
+    """Kernels that state no cost, and whose time is missing."""
+    found = [one.xla for one in self.programs if one.xla is not None]
+    return tuple({k.name for xla in found for k in xla.kernels if k.cost is None})
+
+
+def plan_stage(
+  experiment: Experiment,
+  stage: Stage,
+  piece: Slice,
+  choice: Choice,
+  *,
+  tell: Callable[[str], None] = lambda text: None,
+  first: Sequence[str] = (),
+) -> Plan:
   """Compiles what `stage` runs on the slice, with the changes of `choice`.
+
+  Args:
+    experiment: its model, mesh and ZeRO stage are planned with, unless `choice` has others.
+    stage: one of its stages.
+    piece: the slice.
+    choice: what is changed.
+    tell: is told the name of each program that is being compiled.
+    first: names of programs; where one of them does not fit, the others are not compiled.
 
   Raises ValueError for what does not divide, and where XLA fails for another reason than memory.
   """
   experiment, stage = applied(experiment, stage, choice)
-  sizes = dataclasses.asdict(experiment.mesh)
-  mesh = mesh_on(piece, sizes)
+  mesh = mesh_on(piece, dataclasses.asdict(experiment.mesh))
+  measured: dict[str, Measured] = {}
   with jax.set_mesh(mesh):
     programs = train_programs(experiment, stage, mesh)
-    measured = tuple(measure(program, piece, mesh) for program in programs)
-  return Plan(experiment, stage, piece, chosen(experiment, stage, mesh.shape), measured)
+    for program in sorted(programs, key=lambda program: program.name not in first):
+      tell(program.name)
+      one = measured[program.name] = measure(program, piece, mesh)
+      if first and not one.memory.fits:
+        break
+  ordered = tuple(measured[p.name] for p in programs if p.name in measured)
+  return Plan(experiment, stage, piece, chosen(experiment, stage, mesh.shape), ordered)
 
 
 def measure(program: Program, piece: Slice, mesh: jax.sharding.Mesh) -> Measured:
@@ -98,14 +147,19 @@ def _compiled(lowered: Any) -> tuple[Any, str]:
 
 
 def analyse(text: str, program: Program, piece: Slice, mesh: jax.sharding.Mesh) -> Analysis:
-  """What a scheduled module costs. Loops whose trip count is data are those over microbatches."""
-  module, trips = hlo.parse(text), program.microbatches
-  operations = cost.operations(module, trips)
+  """What a scheduled module costs. A kernel costs what the program says of it, or what it states
+  itself."""
+  module, trips, own = hlo.parse(text), program.trips, program.kernel
+  operations, kernels = cost.operations(module, trips), cost.kernels(module, trips)
+  if own is not None:
+    kernels = [dataclasses.replace(kernel, cost=own) for kernel in kernels]
+    known = lambda op: dataclasses.replace(op, cost=own) if cost.is_kernel(op.instruction) else op
+    operations = [known(op) for op in operations]
   found = collectives.collectives(module, mesh.shape, trips)
   return Analysis(
     flops=sum(op.cost.flops * op.runs for op in operations),
     bytes=sum(op.cost.bytes * op.runs for op in operations),
     collectives=tuple(found),
-    kernels=tuple(cost.kernels(module, trips)),
+    kernels=tuple(kernels),
     roofline=roofline(operations, found, program.model_flops, piece, mesh),
   )

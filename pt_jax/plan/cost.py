@@ -57,7 +57,7 @@ def operations(module: Module, dynamic_trips: int) -> list[Operation]:
   for computation, i, runs in module.executed(dynamic_trips):
     if i.opcode in FREE:
       continue
-    stated = stated_cost(i) if _is_kernel(i) else None
+    stated = stated_cost(i) if is_kernel(i) else None
     cost = stated or Cost(flops_of(module, computation, i), bytes_of(module, computation, i))
     found.append(Operation(i, computation, runs, cost))
   return found
@@ -68,15 +68,15 @@ def kernels(module: Module, dynamic_trips: int) -> list[Kernel]:
   runs: dict[str, float] = {}
   costs: dict[str, Cost | None] = {}
   for _, i, times in module.executed(dynamic_trips):
-    if _is_kernel(i):
-      name = i.attribute(r'kernel_name = "([^"]+)"') or i.attribute(r'op_name="[^"]*?/?([^"/]+)"')
-      name = name or i.name
+    if is_kernel(i):
+      name = i.attribute(r'op_name="(?:[^"]*/)?([^"/]+)/pallas_call"') or i.name
       runs[name] = runs.get(name, 0.0) + times
       costs[name] = stated_cost(i)
   return [Kernel(name, count, costs[name]) for name, count in runs.items()]
 
 
-def _is_kernel(i: Instruction) -> bool:
+def is_kernel(i: Instruction) -> bool:
+  """Whether it is a Pallas kernel."""
   return i.opcode == "custom-call" and f'custom_call_target="{KERNEL}"' in i.rest
 
 

@@ -124,6 +124,7 @@ class Module:
     for i in self._with_fused(condition):
       if i.opcode == "constant" and i.shapes[0].dtype in ("s32", "u32", "s64"):
         found.add(i.operands[0])
+    found.discard("0")  # where a sum in the condition begins
     return int(found.pop()) if len(found) == 1 else None
 
   def _with_fused(self, name: str) -> Iterator[Instruction]:

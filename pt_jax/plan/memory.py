@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from pt_jax.plan.programs import Program
+from pt_jax.plan.program import Program
 
 TEMPORARIES = "activations and other temporaries"
 MARGIN = 256 << 20  # bytes a device that advice leaves free: buffers of the runtime, alignment

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
-from pt_jax.plan import estimate
+from pt_jax.experiment import Online
+from pt_jax.plan import engine, estimate
 from pt_jax.plan.compile import Analysis, Measured, Plan
 from pt_jax.plan.programs import model_of, work_of
+from pt_jax.plan.roofline import Roofline
 
 GIB = 1 << 30
 SMALL = 1 << 20  # bytes each way: collectives of less are told together
@@ -12,13 +14,14 @@ SMALL = 1 << 20  # bytes each way: collectives of less are told together
 
 def page(plan: Plan) -> str:
   """All of a plan as text."""
-  return "\n".join([*_head(plan), *(line for one in plan.programs for line in _program(one, plan))])
+  lines = [*_head(plan), *(line for one in plan.programs for line in _program(one, plan))]
+  return "\n".join([*lines, *_round(plan)])
 
 
 def _head(plan: Plan) -> list[str]:
   config, work, chip = model_of(plan.experiment), work_of(plan.stage), plan.piece.chip
   mesh = " ".join(f"{name}={size}" for name, size in (plan.choice.mesh or {}).items())
-  return [
+  lines = [
     f"{plan.experiment.name}, stage {plan.stage.name}, on {plan.piece.name} "
     f"({plan.piece.chips} chips): {'fits' if plan.fits else 'DOES NOT FIT'}",
     f"  model     {estimate.parameters(config) / 1e9:.2f} B parameters in {config.param_dtype}, "
@@ -29,10 +32,27 @@ def _head(plan: Plan) -> list[str]:
     f"  a chip    {chip.bf16_flops / 1e12:.0f} TFLOP/s bfloat16, {chip.usable_hbm / GIB:.2f} GiB "
     f"usable HBM a device at {chip.hbm_bandwidth / 1e9:.0f} GB/s",
   ]
+  return lines + _engine(plan)
+
+
+def _engine(plan: Plan) -> list[str]:
+  if not isinstance(plan.stage, Online):
+    return []
+  config, sizes = model_of(plan.experiment), {"data": 1, "expert": 1} | dict(plan.choice.mesh or {})
+  work = engine.round_of(config, plan.stage, sizes)
+  shapes, token = work.shapes, estimate.cache_bytes(config, 1)
+  return [
+    f"  engine    {plan.stage.slots:,} slots; prompts of {work.prompt:,} tokens, completions of "
+    f"{work.completion:,}; {shapes.parts} x {shapes.pages:,} pages of {shapes.rows} tokens",
+    f"            a token of the cache: 2 x {config.layers} layers x {config.kv_heads} heads x "
+    f"{config.head_dim} x {estimate.BYTES[config.compute_dtype]} bytes = {token / 1024:.0f} KiB "
+    f"over tensor={sizes.get('tensor', 1)}",
+  ]
 
 
 def _program(one: Measured, plan: Plan) -> list[str]:
-  lines = ["", f"{one.program.name} (compiled in {one.seconds:.0f} s)", *_memory(one)]
+  note = f"; {one.program.note}" if one.program.note else ""
+  lines = ["", f"{one.program.name} (compiled in {one.seconds:.0f} s{note})", *_memory(one)]
   if one.xla is None:
     return lines
   return [*lines, *_collectives(one.xla), *_kernels(one.xla), *_time(one, one.xla, plan)]
@@ -82,10 +102,10 @@ def _kernels(xla: Analysis) -> list[str]:
 
 
 def _time(one: Measured, xla: Analysis, plan: Plan) -> list[str]:
-  r, chips = xla.roofline, plan.piece.chips
-  again = xla.flops / r.model_flops if r.model_flops else 0.0
+  r = xla.roofline
+  again = f", {xla.flops / r.model_flops:.2f} x the model's" if r.model_flops else ""
   rows = [
-    ("compute", seconds(r.compute), f"{xla.flops / 1e12:.2f} TFLOP, {again:.2f} x the model's"),
+    ("compute", seconds(r.compute), f"{xla.flops / 1e12:.2f} TFLOP{again}"),
     ("HBM", seconds(r.hbm), f"{xla.bytes / GIB:.1f} GiB"),
     ("ICI", seconds(r.ici), f"{seconds(r.exposed)} of it with nothing beside"),
   ]
@@ -93,12 +113,33 @@ def _time(one: Measured, xla: Analysis, plan: Plan) -> list[str]:
   if any(kernel.cost is None for kernel in xla.kernels):
     return [*lines, "    no bound: the time of the kernels, which state no cost, is not in it"]
   for name, time in (("roofline", r.seconds), ("in order", r.in_order)):
-    rate = one.program.tokens / chips / time
     what = f"bound by {r.binding}" if name == "roofline" else "no two operations at a time"
-    lines.append(
-      f"    {name}: {seconds(time)} ({what}): {rate:,.0f} tokens/s/chip, MFU {r.mfu(time):.1%}"
-    )
+    lines.append(f"    {name}: {seconds(time)} ({what}){_rate(one, r, time, plan.piece.chips)}")
   return lines
+
+
+def _rate(one: Measured, r: Roofline, time: float, chips: int) -> str:
+  """Tokens per second and chip; how much of the peak a train step uses, of the bandwidth decode."""
+  if not one.program.tokens:
+    return ""
+  text = f": {one.program.tokens / chips / time:,.0f} tokens/s/chip"
+  if one.program.kind == "decode":
+    return f"{text}, {seconds(time / one.program.trips)} a token, HBM {r.hbm / time:.1%}"
+  return f"{text}, MFU {r.mfu(time):.1%}"
+
+
+def _round(plan: Plan) -> list[str]:
+  """What a step of an online stage takes, all programs in order."""
+  if not isinstance(plan.stage, Online) or plan.unknown or not plan.compiled:
+    return []
+  rows = [("program", "calls", "each", "all", "share")]
+  for one in plan.programs:
+    time, calls = one.in_order, one.program.calls
+    share = f"{calls * time / plan.seconds:.0%}"
+    rows.append((one.program.name, f"{calls:,}", seconds(time), seconds(calls * time), share))
+  rows.append(("all", "", "", seconds(plan.seconds), ""))
+  head = "a step of the stage at its fullest: every completion as long as it may be, in order"
+  return ["", head, *columns(rows)]
 
 
 def gib(size: float) -> str:

@@ -18,7 +18,8 @@ from pt_jax.loops import online, preference, supervised
 from pt_jax.loops.context import abstract_created
 from pt_jax.models import decoder, hf
 from pt_jax.models.config import ModelConfig
-from pt_jax.plan import estimate
+from pt_jax.plan import engine, estimate
+from pt_jax.plan.program import Program
 from pt_jax.steps.preference import PreferenceUpdater
 from pt_jax.steps.state import TrainState, Updater
 from pt_jax.steps.supervised import RefreshedUpdater
@@ -26,27 +27,6 @@ from pt_jax.weights import Params
 
 # Of a batch; the others are float32.
 INTEGERS = ("tokens", "positions", "segment_ids", "prefix_ids", "group_ids")
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """A jitted function, and what it is called with."""
-
-  name: str
-  function: Any
-  args: tuple[Any, ...]
-  given: Mapping[str, Any]
-  held: Mapping[
-    str, Any
-  ]  # what is in memory while it runs, its arguments included -> abstract tree
-  gradients: Any  # abstract tree of the accumulator, None without one
-  tokens: int  # of one call, padding included
-  microbatches: int  # of one call
-  model_flops: float  # of one call on all chips, without what is computed twice
-
-  def lower(self) -> Any:
-    """The program as XLA is given it."""
-    return self.function.lower(*self.args, **self.given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +52,8 @@ def model_of(experiment: Experiment) -> ModelConfig:
 def work_of(stage: Stage) -> Work:
   """What one update of a stage computes when every row is full.
 
-  The completions of an online stage are taken to be as long as they may be, one to a row.
+  The completions of an online stage are taken to be as long as they may be, one to a row (where
+  sharing a prompt saves nothing).
 
   Raises ValueError for a stage that trains nothing that a plan knows.
   """
@@ -96,15 +77,7 @@ def train_programs(experiment: Experiment, stage: Stage, mesh: jax.sharding.Mesh
   config, work = model_of(experiment), work_of(stage)
   assert isinstance(stage, Supervised | Preference | Online)  # see `work_of`
   layout, table = sharding.zero(experiment.zero), decoder.table(config)
-  for rules in (sharding.USE, *layout):
-    weights.check_mesh(table, rules, mesh)
-  sharding.check_divides(
-    f"stage {stage.name}: a microbatch",
-    (work.rows, work.length),
-    ("batch", "seq"),
-    sharding.USE,
-    mesh,
-  )
+  check_mesh(experiment, stage, mesh)
   params = weights.abstract(table, layout.params, mesh, jnp.dtype(config.param_dtype))
   made = _Made(config, work, mesh, Updater(stage.optimizer, table, layout), params)
   if isinstance(stage, Supervised):
@@ -112,6 +85,19 @@ def train_programs(experiment: Experiment, stage: Stage, mesh: jax.sharding.Mesh
   if isinstance(stage, Preference):
     return [_preference(stage, made)]
   return _online(stage, made)
+
+
+def check_mesh(experiment: Experiment, stage: Stage, mesh: jax.sharding.Mesh) -> None:
+  """Raises ValueError when the mesh does not divide the model, the rows or the engine's slots."""
+  table, work = decoder.table(model_of(experiment)), work_of(stage)
+  for rules in (sharding.USE, *sharding.zero(experiment.zero)):
+    weights.check_mesh(table, rules, mesh)
+  where = f"stage {stage.name}: a microbatch"
+  axes = ("batch", "seq")
+  sharding.check_divides(where, (work.rows, work.length), axes, sharding.USE, mesh)
+  if isinstance(stage, Online):
+    where = f"stage {stage.name}: slots"
+    sharding.check_divides(where, (stage.slots,), ("batch",), sharding.USE, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,13 +131,14 @@ class _Made:
     flops = estimate.forward_flops(self.config, self.work.length) * self.work.tokens
     return Program(
       name="train step",
+      kind="train",
       function=function,
       args=args,
       given=given,
       held=held,
       gradients=grads,
       tokens=self.work.tokens,
-      microbatches=self.work.microbatches,
+      trips=self.work.microbatches,
       model_flops=(3 + passes) * flops,
     )
 
@@ -198,27 +185,39 @@ def _online(stage: Online, made: _Made) -> list[Program]:
   state, batch = made.state(made.updater), made.batch(PolicyBatch)
   if not stage.share_prompts:
     batch = batch.replace(prefix_ids=None)
-  held, given, passes = _train_state(state) | {"batch": batch}, {}, 0
+  kept, given, passes = _train_state(state), {}, 0
   kl = stage.objective.kl
   if kl is not None:
-    held |= {"reference": made.params}
+    kept |= {"reference": made.params}
     if kl.estimator == "exact":
       given["reference"], passes = made.params, 1
     if kl.controller is not None:
       given["kl_coefficient"] = jax.ShapeDtypeStruct((), jnp.float32)
+  kept |= engine.residents(made.config, stage, made.params, made.mesh)
   update = online.compiled_update(stage, made.config, made.updater)
-  step = made.step(update, (state, batch), held, passes, **given)
-  if online.one_update(stage) and (kl is None or kl.estimator == "exact"):
-    return [step]
-  score = Program(
-    name="score (reference or old log-probs)",
-    function=online.compiled_score(stage, made.config),
-    args=(made.params, batch),
-    given={},
-    held=held,
-    gradients=None,
-    tokens=made.work.tokens,
-    microbatches=made.work.microbatches,
-    model_flops=step.model_flops / (3 + passes),
-  )
-  return [score, step]
+  step = made.step(update, (state, batch), kept | {"batch": batch}, passes, **given)
+  step = dataclasses.replace(step, calls=stage.epochs * stage.minibatches)
+  programs = engine.engine_programs(made.config, stage, kept, made.mesh)
+  if scores := scores_of(stage):
+    programs.append(
+      Program(
+        name="score (reference or old log-probs)",
+        kind="score",
+        function=online.compiled_score(stage, made.config),
+        args=(made.params, batch),
+        given={},
+        held=step.held,
+        tokens=step.tokens,
+        trips=step.trips,
+        model_flops=step.model_flops / (3 + passes),
+        calls=scores * stage.minibatches,
+      )
+    )
+  return [*programs, step]
+
+
+def scores_of(stage: Online) -> int:
+  """How often the rows of an update are scored before it."""
+  kl = stage.objective.kl
+  old = not online.one_update(stage) or (kl is not None and kl.where == "reward")
+  return int(old) + int(kl is not None and kl.estimator != "exact")

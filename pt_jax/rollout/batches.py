@@ -81,7 +81,7 @@ def rows(
   """
   whole = lambda *shape: np.zeros((count, *shape), np.int32)
   stops = max(len(s.request.sampling.stop_tokens) for _, s in places)
-  stops = max(STOP_TOKENS, 1 << (stops - 1).bit_length() if stops else 0)
+  stops = stop_room(stops)
   fields: dict[str, Any] = {
     **{name: whole() for name in ("token", "position", "end", "number", "top_k")},
     "active": np.zeros(count, bool),
@@ -101,6 +101,11 @@ def rows(
     own = Needs.of(sample.request.sampling)
     needs = Needs(needs.cuts or own.cuts, max(needs.top, own.top))
   return Rows(**fields), dataclasses.replace(needs, top=_reported(needs.top))
+
+
+def stop_room(count: int) -> int:
+  """Room for so many stop tokens of a row."""
+  return max(STOP_TOKENS, 1 << (count - 1).bit_length() if count else 0)
 
 
 def _reported(top: int) -> int:

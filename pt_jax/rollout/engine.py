@@ -14,7 +14,6 @@ pages (`prefix.extend` takes a salt) and into `Rows`.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -89,12 +88,10 @@ class Engine:
     """
     parts = cache.parts()
     _check_sizes(slots, parts, max_length, page, chunk, launch, pages)
-    each, most = slots // parts, -(-max_length // page)
-    # A sample needs one page more while the last page of a shared prompt is copied.
-    pages = (each + 1) * most + 1 if pages is None else pages
+    self._shapes = shapes_of(config, slots, max_length, parts, pages=pages, page=page)
+    each, pages = self._shapes.slots, self._shapes.pages
     self.config, self.slots, self.max_length = config, slots, max_length
     self.figures = EngineFigures(pages=pages * parts)
-    self._shapes = batches.Shapes(parts, each, pages, page, max_length, config.vocab_size)
     self._chunk, self._launch = chunk, launch
     self._detokenizer, self._grammars = detokenizer, grammars
     self._scheduler = Scheduler(parts=parts, slots=each, pages=pages, rows=page)
@@ -105,12 +102,10 @@ class Engine:
     self._plan = None if speculation is None else speculation.plan(config)
     self._weights: tuple[Params, ...] = ()
     if draft is not None:
-      prepare = jax.jit(functools.partial(programs.use_layout, config=draft.config))
-      self._weights = ({}, prepare(draft.params))
+      self._weights = ({}, programs.prepare(draft.params, config=draft.config))
     self._caching, self._most = True, max_length
     self._requests: dict[int, Request] = {}
     self._number = 0
-    self._prepare = jax.jit(functools.partial(programs.use_layout, config=config))
     self.update(params, version)
 
   def update(self, params: Params, version: int) -> None:
@@ -120,7 +115,8 @@ class Engine:
     is forgotten with all cached prefixes and computed again under the new weights, from which alone
     the tokens behind are drawn. A draft model keeps its weights.
     """
-    self._weights = (self._prepare(params), *self._weights[1:])
+    draft, self._weights = self._weights[1:], ()  # the old ones make room for the new
+    self._weights = (programs.prepare(params, config=self.config), *draft)
     self.version = version
     self._scheduler.clear()
 
@@ -381,6 +377,26 @@ class Engine:
     figures.preemptions, figures.prefix_hits = scheduler.preemptions, scheduler.hits
     figures.pages_held = self._held()
     figures.compilations = len(self._memory.programs)
+
+
+def shapes_of(
+  config: ModelConfig,
+  slots: int,
+  max_length: int,
+  parts: int,
+  *,
+  pages: int | None = None,
+  page: int = PAGE,
+) -> batches.Shapes:
+  """What the arrays of an engine look like; see `Engine` for the arguments.
+
+  Args:
+    parts: of the mesh's batch axes.
+  """
+  each, most = slots // parts, -(-max_length // page)
+  # A sample needs one page more while the last page of a shared prompt is copied.
+  pages = (each + 1) * most + 1 if pages is None else pages
+  return batches.Shapes(parts, each, pages, page, max_length, config.vocab_size)
 
 
 def _check_sizes(

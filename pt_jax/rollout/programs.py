@@ -66,8 +66,12 @@ class Drawn:
 
 
 def use_layout(params: Params, *, config: ModelConfig) -> Params:
-  """Parameters where they are used, blocks as a list of layers."""
+  """Parameters where they are used, blocks as a list of layers. Matrices are in the compute dtype,
+  in which every step reads them; gains of norms, which are used in float32, stay."""
   table = decoder.table(config)
+  matrix = lambda row: any(axis not in (None, "layer") for axis in row.axes)
+  cast = lambda row, w: w.astype(config.compute_dtype) if matrix(row) else w
+  params = weights.map_table(cast, table, params)
   rows = {"embed": table["embed"], "final_norm": table["final_norm"]}
   top = {name: weights.reshard(params[name], row, USE) for name, row in rows.items()}
   top["unembed"] = decoder.unembedding(params, config)
@@ -76,6 +80,7 @@ def use_layout(params: Params, *, config: ModelConfig) -> Params:
   return top | {"blocks": [layer(i) for i in range(config.layers)]}
 
 
+prepare = jax.jit(use_layout, static_argnames="config")
 # See the functions of `cache`.
 empty_pages = jax.jit(kv.empty, static_argnums=(0, 1, 2))
 resize = jax.jit(kv.resize, static_argnums=(0, 3))

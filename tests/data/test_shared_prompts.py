@@ -34,10 +34,10 @@ def test_groups_are_split_only_where_that_takes_fewer_rows():
   assert plan.completions.row.tolist() == [0] * 4 + [1] * 4 and len(plan.prompts.row) == 2
   plan, *_ = plan_of([(7, 1, 1, 1, 1)] * 2, 10)
   assert plan.completions.rows == 4 and len(plan.prompts.row) == 4
-  # Three groups of 1 + 4 x 2 tokens: a row of 15 holds one of them, or three halves.
+  # Three groups of 1 + 4 x 2 tokens: a row of 15 holds one of them and a half.
   plan, *_ = plan_of([(2, 1, 1, 1, 1)] * 3, 15)
   assert plan.completions.rows == pack([3] * 12, 15).rows - 1 == 2
-  assert len(plan.prompts.row) == 6
+  assert len(plan.prompts.row) == 4
 
 
 def test_a_completion_that_does_not_fit_is_named():

@@ -137,7 +137,7 @@ def test_epochs_end_when_the_policy_has_moved(tmp_path):
 
 
 def two_networks() -> letters.Online:
-  """PPO with everything that a checkpoint has to hold."""
+  """PPO with everything that a checkpoint has to hold, on prompts that stand once."""
   kl = objective.Kl(0.05, "k1", where="reward", controller=KlController(0.02))
   return letters.stage(
     steps=8,
@@ -145,12 +145,14 @@ def two_networks() -> letters.Online:
     objective=dataclasses.replace(objective.ppo(), kl=kl),
     critic=Critic(AdamW(0.03, steps=40), epochs=2, pretrain=2),
     evaluate_problems=4,
+    share_prompts=True,
   )
 
 
 def test_ppo_resumes_bit_for_bit(tmp_path, monkeypatch):
   """Two networks, a controller, pretraining: killed at steps 2, 5 and 8 of 10."""
   whole = run(tmp_path / "whole", letters.experiment(two_networks()))
+  assert max(row["rollout/logprob_gap_max"] for row in rows_of(whole)) <= 1e-4
   for step in (2, 5, 8):
     folder = tmp_path / str(step)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -255,6 +257,10 @@ def test_step_rewards_of_another_number_are_named(tmp_path):
     (
       {"objective": objective.vine_ppo(), "steps_of": Steps("b", share_of_each)},
       "steps_of.rewards: only objective.process reads them",
+    ),
+    (
+      {"objective": objective.ppo(), "critic": ValueHead(), "group_size": 1, "share_prompts": True},
+      "share_prompts: expected a group_size of at least 2, found 1",
     ),
     ({"stop_kl": 0.1}, "stop_kl: expected a number > 0 and several epochs, found 0.1 and 1"),
     (

@@ -160,15 +160,32 @@ def test_packing_keeps_every_token_with_its_own_numbers():
   assert empty.sum() == 18 - 16 and not batch.mask[empty].any() and not batch.tokens[empty].any()
 
 
-def test_scores_come_back_to_their_completions():
-  """Laid out and taken back: every token of every completion, 0 behind its end."""
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_scores_come_back_to_their_completions(share_prompts):
+  """Laid out and taken back: every token of every completion, 0 behind its end; of a prompt that is
+  shared, the last token alone."""
   rollouts = judge().rollouts
-  packed = pack_rollouts(rollouts, rows=2, row_length=9)
+  packed = pack_rollouts(rollouts, rows=2, row_length=9, share_prompts=share_prompts)
   values = np.random.default_rng(0).normal(size=packed.drawn.shape).astype(np.float32)
   there = np.arange(5) < np.asarray(rollouts.length)[:, None]
+  if share_prompts:
+    there &= np.arange(5) >= np.asarray(rollouts.prompt_length)[:, None] - 1
   back = packed.take_back(packed.lay_out(values))
   np.testing.assert_array_equal(back, np.where(there, values, 0))
   np.testing.assert_array_equal(packed.take_back(packed.batch.mask) > 0, packed.drawn)
+
+
+def test_completions_stand_behind_their_shared_prompt():
+  """Prompt "ab" before "ap" and "bcd", "c" before "aaab" and "p": by hand."""
+  rows = judge().rollouts
+  batch = pack_rollouts(rows, rows=1, row_length=16, share_prompts=True).batch
+  names = ("tokens", "positions", "segment_ids", "prefix_ids", "mask")
+  numbers = [getattr(batch, name)[0, 0].astype(int).tolist() for name in names]
+  assert Letters().decode(numbers[0]) == "a" + "bap" + "bbcd" + "caaab" + "cp" + "a"
+  assert numbers[1] == [0, 1, 2, 3, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 0]
+  assert numbers[2] == [-1, 1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 4, 4, 5, 5, -1]
+  assert numbers[3] == [0] * 8 + [3] * 7 + [-1]
+  assert numbers[4] == [0, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 1, 0]
 
 
 def test_an_update_has_a_power_of_two_of_microbatches_and_the_last_may_be_empty():

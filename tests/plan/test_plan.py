@@ -78,6 +78,16 @@ def test_collectives_have_the_axes_of_the_mesh(plan):
   assert any((c.kind, c.axes) == ("all-reduce", ("tensor",)) for c in found)
 
 
+def test_gradients_of_split_parameters_are_scattered(plan):
+  found = plan.programs[0].xla.collectives
+  over_data = lambda kind: sum(c.bytes for c in found if (c.kind, c.axes) == (kind, ("data",)))
+  # Of two microbatches in bfloat16, half over tensor. The matrices of keys, values and the
+  # vocabulary are so small here that XLA sums them whole, a quarter of all.
+  every = 2 * 2 * estimate.parameters(TINY) / 2
+  assert over_data("reduce-scatter") > 0.74 * every
+  assert over_data("reduce-scatter") + over_data("all-reduce") < 1.01 * every
+
+
 def test_page_says_everything(plan):
   text = page.page(plan)
   for word in ("fits", "parameters", "optimizer", "gradients", "all-gather", "compute", "ICI"):

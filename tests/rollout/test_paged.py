@@ -9,16 +9,19 @@ import pytest
 from pt_jax import sharding
 from pt_jax.models import decoder
 from pt_jax.rollout.engine import Engine
-from pt_jax.rollout.rollouts import SamplingParams, StopReason
+from pt_jax.rollout.proposals import Speculation
+from pt_jax.rollout.rollouts import Rollouts, SamplingParams, StopReason
 from tests.rollout import tiny
 
 PAGE = 8
-ENGINES = {  # name -> options: each forces something else
+ENGINES = {  # name -> options: each forces something else; the first three in every run
   "roomy": {"chunk": 512},
-  "chunks of 5": {"chunk": 5},
-  "few pages": {"pages": 10},
-  "fewest pages, launches of 3": {"pages": 7, "launch": 3, "chunk": 16},
-  "decoded on pages": {"pages": 12, "paged": True},
+  "fewest pages, launches of 3, chunks of 5": {"pages": 7, "launch": 3, "chunk": 5},
+  "decoded on pages": {"pages": 7, "launch": 3, "paged": True},
+  "few pages": {"pages": 10, "chunk": 16},
+  "decoded on few pages": {"pages": 12, "paged": True},
+  "guessed": {"speculation": Speculation(), "pages": 12},
+  "guessed on pages": {"speculation": Speculation(tokens=2), "pages": 10, "paged": True},
 }
 
 
@@ -85,32 +88,55 @@ def take(engine, found):
     versions.extend([out.version] * len(out.tokens))
 
 
-def check_greedy(count, seed):
+def check_logprobs(params, prompts, drawn):
+  """The trainer's, of completions (tokens, log-probs, versions)."""
+  length = np.array([len(p) + len(d[0]) for p, d in zip(prompts, drawn)], np.int32)
+  tokens = np.zeros((len(prompts), tiny.LENGTH), np.int32)
+  logprobs = np.zeros(tokens.shape, np.float32)
+  for i, (prompt, own) in enumerate(zip(prompts, drawn)):
+    tokens[i, : length[i]] = [*prompt, *own[0]]
+    logprobs[i, len(prompt) : length[i]] = own[1]
+  fields = (tokens, np.array([len(p) for p in prompts], np.int32), length, logprobs)
+  found = Rollouts(*fields, np.zeros_like(tokens), np.zeros(len(prompts)), tokens < 0)
+  ours, inside = tiny.trainer_logprobs(params, found, 1.0)
+  assert np.abs(ours - logprobs)[inside].max() <= 1e-4
+
+
+def check_greedy(count, seed, engines, weights):
+  """Every engine on every weights, which it is given while it holds pages of the ones before."""
   prompts, counts = requests(count, seed)
-  expected = plain_greedy(tiny.params(), prompts, counts)
+  params = [tiny.params(w) for w in range(weights)]
+  expected = [plain_greedy(p, prompts, counts) for p in params]
   seen = {}
-  for name, options in ENGINES.items():
-    engine = make_engine(**options)
-    numbers = [
-      engine.submit(p, SamplingParams(max_tokens=c, temperature=0.0), key=jax.random.key(0))
-      for p, c in zip(prompts, counts)
-    ]
-    found = drain(engine, {})
-    assert [found[number, 0][0] for number in numbers] == expected, name
+  for name in engines:
+    engine = make_engine(**ENGINES[name])
+    for version in range(weights):
+      if version:
+        engine.update(params[version], version)
+      numbers = [
+        engine.submit(p, SamplingParams(max_tokens=c, temperature=0.0), key=jax.random.key(0))
+        for p, c in zip(prompts, counts)
+      ]
+      found = drain(engine, {})
+      drawn = [found[number, 0] for number in numbers]
+      assert [tokens for tokens, _, _ in drawn] == expected[version], name
+      assert {v for _, _, versions in drawn for v in versions} == {version}
+      check_logprobs(params[version], prompts, drawn)
     seen[name] = engine.figures
-    assert engine.figures.pages_held == 0 and engine.figures.finished == count
-  assert seen["few pages"].preemptions + seen["fewest pages, launches of 3"].preemptions > 3
-  assert seen["roomy"].preemptions == 0 and seen["roomy"].prefix_hits > 0
-  assert seen["chunks of 5"].prefills > 2 * seen["roomy"].prefills
+    assert engine.figures.pages_held == 0 and engine.figures.finished == count * weights
+  roomy, fewest, paged = list(seen.values())[:3]
+  assert fewest.preemptions > 3 and paged.preemptions > 3
+  assert roomy.preemptions == 0 and roomy.prefix_hits > 0
+  assert fewest.prefills > 2 * roomy.prefills
 
 
 def test_greedy_is_a_plain_loop_whatever_the_pages():
-  check_greedy(24, seed=0)
+  check_greedy(24, 0, [*ENGINES][:3], weights=1)
 
 
 @pytest.mark.slow
-def test_greedy_is_a_plain_loop_for_two_hundred_requests():
-  check_greedy(200, seed=1)
+def test_greedy_is_a_plain_loop_for_two_hundred_requests_after_weight_updates():
+  check_greedy(200, 1, ENGINES, weights=3)
 
 
 def test_preempted_samples_keep_their_log_probs_and_draw_the_same():

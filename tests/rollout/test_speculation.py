@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 
 from pt_jax import sharding
+from pt_jax.models import decoder
+from pt_jax.plan import topology
+from pt_jax.rollout import cache, programs, speculative
 from pt_jax.rollout.engine import Engine
 from pt_jax.rollout.figures import EngineFigures
 from pt_jax.rollout.guides import Thinking
-from pt_jax.rollout.proposals import Draft, Speculation
+from pt_jax.rollout.proposals import Draft, Plan, Speculation
 from pt_jax.rollout.rollouts import SamplingParams, StopReason
+from pt_jax.rollout.sampling import Needs
 from tests.rollout import tiny
 
 KEY, NEW = 11, 20
@@ -155,3 +159,41 @@ def test_new_weights_in_the_middle():
   rest = other.generate([prompt + tokens[:old]], GREEDY, key=jax.random.key(0))
   other.update(tiny.params(), 0)
   assert rest.tokens[0, len(prompt) :][:NEW].tolist() == tokens
+
+
+@pytest.mark.slow
+def test_it_compiles_for_a_tpu():
+  """On pages, k + 1 queries of each sequence in the kernel; n-grams and a draft."""
+  piece = topology.open_slice("v5e:2x4")
+  mesh = topology.mesh_on(piece, {"data": 4, "tensor": 2})
+  c = dataclasses.replace(tiny.MODEL, width=512, heads=8, kv_heads=4, head_dim=128, hidden=1024)
+  c = dataclasses.replace(c, compute_dtype="bfloat16", param_dtype="bfloat16")
+  rows, pages, page = 16, 32, 32
+  with jax.set_mesh(mesh):
+    place = lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, jax.typeof(x).sharding.spec)
+    )
+    init = lambda key: programs.use_layout(decoder.init(key, c, sharding.USE), config=c)
+    w = jax.tree.map(place, jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0))))
+    held = jax.eval_shape(lambda: cache.empty(c, 4 * (pages + 1), page))
+    held = jax.tree.map(place, held)
+    host = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)
+    number = [host(rows)] * 3
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype)
+    floats = (of(np.float32), host(rows), of(np.float32), of(np.float32))
+    key = of(np.uint32, 2)
+    asked = programs.Rows(
+      *number, of(bool), key, host(rows), *floats, host(rows, 4), host(rows, pages + 1), None
+    )
+    history = speculative.History(host(rows, 1088), host(rows))
+    for models in (1, 2):
+      plan = Plan(c, c if models == 2 else None, 4, 3)
+      lowered = speculative.launch.lower(
+        *((w,) * models, (held,) * models, asked, history, host(), host(), host()),
+        plan=plan,
+        needs=Needs(gumbel=models == 2),
+        tokens=64,
+        limit=1024,
+      )
+      kernels = lowered.compile().as_text().count("tpu_custom_call")
+      assert kernels >= models * c.layers

@@ -30,6 +30,7 @@ MODEL = ModelConfig(
 LENGTH = 48  # of the engines' window
 
 
+@functools.cache
 def params(seed: int = 0, config: ModelConfig = MODEL) -> weights.Params:
   """Random weights, matrices twice as wide: predictions are far from uniform, mistakes show."""
   made = jax.jit(lambda key: decoder.init(key, config, sharding.USE))(jax.random.key(seed))
