@@ -56,6 +56,7 @@ def sweep_text(sweep: Sweep) -> str:
     *columns(rows),
     *reasons,
   ]
+  lines += [f"  the compiler fails on {c.choice}: {why}" for c, why in sweep.refused]
   unknown = {name for pick in sweep.picks for name in pick.plan.unknown}
   if unknown:
     lines.append(f"  without the time of kernels that state no cost: {', '.join(sorted(unknown))}")

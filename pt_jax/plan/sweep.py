@@ -43,6 +43,7 @@ class Sweep:
   considered: int  # choices that divide the model and the rows
   roomy: int  # of those, the ones that closed forms let fit
   picks: tuple[Pick, ...]  # compiled: what fits first, then by time
+  refused: tuple[tuple[Candidate, str], ...] = ()  # what the compiler fails on, and its words
 
 
 def sweep(
@@ -75,15 +76,22 @@ def sweep(
       f"sweep: none of {len(found)} choices has room by closed forms; the smallest, "
       f"{least.choice}, needs {least.forecast.total / 2**30:.1f} GiB a device"
     )
-  picks = []
+  picks, refused = [], []
   for number, candidate in enumerate(fitting[:count]):
     say = lambda name, n=number, c=candidate: tell(f"{n + 1} of {count}, {c.choice}: {name}")
-    plan = plan_stage(
-      *(experiment, stage, piece, candidate.choice), tell=say, engine_layers=engine_layers
-    )
+    try:
+      plan = plan_stage(
+        *(experiment, stage, piece, candidate.choice), tell=say, engine_layers=engine_layers
+      )
+    except ValueError as error:  # the compiler fails for another reason than memory
+      tell(f"{candidate.choice}: {error}")
+      refused.append((candidate, str(error)))
+      continue
     picks.append(Pick(candidate, plan))
+  if not picks:
+    raise ValueError(f"sweep: {refused[-1][0].choice}: {refused[-1][1]}")
   picks.sort(key=lambda pick: (not pick.plan.fits, pick.plan.seconds))
-  return Sweep(len(found), len(fitting), tuple(picks))
+  return Sweep(len(found), len(fitting), tuple(picks), tuple(refused))
 
 
 def candidates(
