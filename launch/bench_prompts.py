@@ -57,7 +57,7 @@ def main(
     shots: solved questions before each question.
     row_length: bytes of a packed row.
     rows: of a microbatch.
-    repeats: timings of each layout.
+    repeats: timings of each layout; 0 counts alone.
     seed: of which answers are drawn.
   """
   if host.choose_platform() == "cpu":
@@ -68,14 +68,15 @@ def main(
     f"{prompts} x {group_size}, prompts of {rollouts.prompt_length.mean():.0f} bytes, completions "
     f"of {(rollouts.length - rollouts.prompt_length).mean():.0f}, rows of {row_length}"
   )
-  with jax.set_mesh(sharding.make_mesh(data=-1)):
-    seconds, losses = measured(packs, repeats)
-  figures = {share: counted(pack) | {"seconds": seconds[share]} for share, pack in packs.items()}
+  figures = {share: counted(pack) for share, pack in packs.items()}
+  if repeats:
+    with jax.set_mesh(sharding.make_mesh(data=-1)):
+      for share, found in measured(packs, repeats).items():
+        figures[share] |= found
   print(f"{'':16} {'a prompt each':>14} {'shared':>10} {'ratio':>7}")
   for name, each in figures[False].items():
     shared = figures[True][name]
     print(f"{name:16} {each:14.6g} {shared:10.6g} {each / shared:6.2f}x")
-  print(f"{'loss':16} {losses[False]:14.6g} {losses[True]:10.6g}")
 
 
 WAYS = (False, True)
@@ -129,8 +130,8 @@ def counted(pack: Packed) -> dict[str, float]:
   return {"tokens": (held >= 0).sum(), "rows": rows, "live blocks": blocks}
 
 
-def measured(packs: dict[bool, Packed], repeats: int) -> tuple[dict[bool, float], dict[bool, Any]]:
-  """Median seconds of an update of each layout, and the loss of the first."""
+def measured(packs: dict[bool, Packed], repeats: int) -> dict[bool, dict[str, float]]:
+  """Median seconds of an update of each layout, and its loss."""
   config, updater, state = bench_tasks.start()
   step = jax.jit(
     functools.partial(
@@ -150,14 +151,15 @@ def measured(packs: dict[bool, Packed], repeats: int) -> tuple[dict[bool, float]
     credit = Credit(trained, advantages, advantages, trained, trained)
     fields: Any = pack.fields(credit)
     batches[share] = bench_tasks.put(dataclasses.replace(pack.batch, **fields))
-    losses[share] = step(state, batches[share])[1]["loss"]  # and compiles
+    losses[share] = float(step(state, batches[share])[1]["loss"])  # and compiles
   seconds: dict[bool, list[float]] = {share: [] for share in packs}
   for _ in range(repeats):
     for share, batch in batches.items():
       started = time.perf_counter()
       jax.block_until_ready(step(state, batch))
       seconds[share].append(time.perf_counter() - started)
-  return {share: statistics.median(x) for share, x in seconds.items()}, losses
+  median = statistics.median
+  return {way: {"seconds": median(seconds[way]), "loss": losses[way]} for way in packs}
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from kernels import varying
 from pt_jax import sharding
 from pt_jax.sharding import Axes, Rules
 
+LANES = 128  # columns of a TPU's tile
 Params = Any  # a nested dict of weights
 Table = Any  # a nested dict of Param, of the same structure
 
@@ -144,14 +145,12 @@ def _gather_forward(w, axis, stored, used, summed):
 
 
 def _gather_backward(axis, stored, used, summed, _, g):
-  """The sum over the mesh axes, split along `axis`: moved to the front, where TPUs scatter."""
-  scattered = _names([stored[axis]])
+  """The sum over the mesh axes, split along `axis`."""
+  scattered = tuple(_names([stored[axis]]))
   others = tuple(sorted(summed.difference(scattered)))
 
   def scatter(g: jax.Array) -> jax.Array:
-    g = jnp.moveaxis(g, axis, 0)
-    g = jax.lax.psum_scatter(g, tuple(scattered), scatter_dimension=0, tiled=True)
-    g = jnp.moveaxis(g, 0, axis)
+    g = _scatter(g, scattered, axis)
     return jax.lax.psum(g, others) if others else g
 
   partial = jax.P(*used, unreduced=summed)
@@ -159,6 +158,22 @@ def _gather_backward(axis, stored, used, summed, _, g):
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _scatter(g: jax.Array, names: tuple[str, ...], axis: int) -> jax.Array:
+  """The sum of g over `names`, of which a device keeps its part along `axis`; inside
+  `jax.shard_map`.
+
+  The axis is moved to the front, where TPUs scatter. XLA moves it back by its choice of a layout,
+  and makes an all-reduce of the whole, where a part is no whole tiles of 128 columns: such arrays
+  are sent as rows of 128.
+  """
+  g = jnp.moveaxis(g, axis, 0)
+  part = (g.shape[0] // jax.lax.axis_size(names), *g.shape[1:])
+  if axis == g.ndim - 1 and part[0] % LANES and math.prod(part) % LANES == 0:
+    g = g.reshape(-1, LANES)
+  g = jax.lax.psum_scatter(g, names, scatter_dimension=0, tiled=True)
+  return jnp.moveaxis(g.reshape(part), 0, axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -182,7 +197,7 @@ def _whole_forward(w, stored, dtype):
 
 def _whole_backward(stored, dtype, w, g):
   if names := tuple(_names(stored[1:])):
-    g = jax.lax.psum_scatter(g.T, names, scatter_dimension=0, tiled=True).T
+    g = _scatter(g, names, 1)
   return (varying.like(g, w),)
 
 

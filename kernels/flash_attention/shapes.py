@@ -81,10 +81,10 @@ SHARED = 4 * 8 * 128 * (1023 * 1024 / 2 + 8 * (381 * 1023 + 381 * 382 / 2))
 SHARED_KINDS = dict.fromkeys(_FOURS, (0.0, 5 / 16, 4 / 16)) | {_TWOS: (0.0, 5 / 12, 4 / 12)}
 
 
-def _pair(name: str, **shape: Any) -> tuple[Case, Case]:
-  """Forward and backward of one shape."""
+def _pair(name: str, slow: bool = False, **shape: Any) -> tuple[Case, Case]:
+  """Forward and backward of one shape; `slow` of the latter."""
   both = functools.partial(program, **shape)
-  return Case(name, both()), Case(f"{name}_backward", both(True))
+  return Case(name, both()), Case(f"{name}_backward", both(True), slow=slow)
 
 
 CASES: tuple[Case, ...] = (
@@ -122,6 +122,6 @@ CASES: tuple[Case, ...] = (
   *_pair("qwen2_5_0_5b", heads=14, groups=2, width=64, offset=True),
   *_pair("gemma2_9b", heads=16, groups=8, width=256, window=4096, soft_cap=50.0),
   *_pair("gpt_oss", heads=64, groups=8, width=64, window=128, sinks=True),
-  *_pair("mla_widths", heads=16, groups=16, width=192, value_width=128),
+  *_pair("mla_widths", slow=True, heads=16, groups=16, width=192, value_width=128),
   *_pair("float32", batch=2, rows=250, heads=4, groups=2, dtype="float32", causal=False),
 )

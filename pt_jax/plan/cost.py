@@ -69,8 +69,7 @@ def kernels(module: Module, dynamic_trips: int) -> list[Kernel]:
   costs: dict[str, Cost | None] = {}
   for _, i, times in module.executed(dynamic_trips):
     if is_kernel(i):
-      name = i.attribute(r'kernel_name = "([^"]+)"') or i.attribute(r'op_name="[^"]*?/?([^"/]+)"')
-      name = name or i.name
+      name = i.attribute(r'op_name="(?:[^"]*/)?([^"/]+)/pallas_call"') or i.name
       runs[name] = runs.get(name, 0.0) + times
       costs[name] = stated_cost(i)
   return [Kernel(name, count, costs[name]) for name, count in runs.items()]

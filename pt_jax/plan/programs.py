@@ -52,7 +52,8 @@ def model_of(experiment: Experiment) -> ModelConfig:
 def work_of(stage: Stage) -> Work:
   """What one update of a stage computes when every row is full.
 
-  The completions of an online stage are taken to be as long as they may be, one to a row.
+  The completions of an online stage are taken to be as long as they may be, one to a row (where
+  sharing a prompt saves nothing).
 
   Raises ValueError for a stage that trains nothing that a plan knows.
   """

@@ -18,7 +18,8 @@ class Roofline:
   hbm: float
   ici: float  # collectives
   exposed: float  # of `ici`, collectives that no other work runs beside
-  in_order: float  # every operation the larger of its compute and HBM time, and what is exposed
+  # Every operation the larger of its compute and HBM time, and what is exposed; at least `ici`.
+  in_order: float
   model_flops: float  # of one device
   peak: float  # FLOPs per second of one device
 
@@ -68,7 +69,7 @@ def roofline(
     hbm=sum(hbm * runs for _, hbm, runs in seconds),
     ici=ici,
     exposed=exposed,
-    in_order=sum(max(compute, hbm) * runs for compute, hbm, runs in seconds) + exposed,
+    in_order=max(sum(max(compute, hbm) * runs for compute, hbm, runs in seconds) + exposed, ici),
     model_flops=model_flops / mesh.size,
     peak=peak,
   )

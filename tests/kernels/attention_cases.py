@@ -157,11 +157,12 @@ def _run(attend, case, options, gradients, x: Data, offset):
 
 
 def run(
-  attend, case: Case, x: Data, *, traced: bool = False, gradients: bool = True, **options
+  attend, case: Case, x: Data, *, offset: int | None = None, gradients: bool = True, **options
 ) -> list[np.ndarray]:
-  """[out, lse] of `attend` on the case and, with `gradients`, [dq, dk, dv (, dsinks)]."""
-  offset = np.int32(case.offset) if traced else None
-  return list(_run(attend, case, tuple(options.items()), gradients, x, offset))
+  """[out, lse] of `attend` on the case and, with `gradients`, [dq, dk, dv (, dsinks)]; with an
+  `offset` it is traced, and is instead of the case's."""
+  traced = None if offset is None else np.int32(offset)
+  return list(_run(attend, case, tuple(options.items()), gradients, x, traced))
 
 
 def half(x: Data) -> Data:
