@@ -7,23 +7,29 @@ The arguments of the config function may be given as to launch.local. `data` of 
 chips that are left. No weight, row or tokenizer is read, unless the config function reads one.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import tyro
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from launch.local import load_config
 from pt_jax.experiment import Evaluate, Experiment
 from pt_jax.models.config import Remat
+from pt_jax.plan.advice import advise
 from pt_jax.plan.choices import Choice
 from pt_jax.plan.compile import plan_stage
+from pt_jax.plan.findings import advice_text, sweep_text
 from pt_jax.plan.page import page
+from pt_jax.plan.sweep import sweep
 from pt_jax.plan.topology import open_slice, read_mesh
 
 
@@ -43,6 +49,14 @@ class Options:
   """Parts that an update is computed in, instead of the stage's."""
   slots: int | None = None
   """Completions that the engine decodes at once, instead of the stage's."""
+  sweep: int = 0
+  """Compile so many choices of mesh, ZeRO stage, remat and microbatches, the first by closed forms,
+  and rank them. What is given by the options above stays."""
+  advice: int = 2
+  """Changed plans that are compiled at most, to find one that fits, or where more than half of the
+  memory is free a faster one."""
+  engine_layers: int | None = None
+  """Compile prefill and decode with so many layers and with half of them, and extrapolate."""
   stage: str | None = None
   """The stage to plan; by default the last one that trains."""
   debug: bool = False
@@ -82,9 +96,28 @@ def run(command: Command) -> int:
   mesh = None if options.mesh is None else read_mesh(options.mesh)
   choice = Choice(mesh, options.zero, options.remat, options.microbatches, options.slots)
   experiment = command.function(**command.arguments)
-  plan = plan_stage(experiment, _stage(experiment, options.stage), piece, choice)
-  print(page(plan))
-  return int(not plan.fits)
+  stage, layers = _stage(experiment, options.stage), options.engine_layers
+  with _telling() as tell:
+    if options.sweep:
+      found = sweep(experiment, stage, piece, choice, options.sweep, tell, layers)
+      text, fits = sweep_text(found), found.picks[0].plan.fits
+    else:
+      plan = plan_stage(experiment, stage, piece, choice, tell=tell, engine_layers=layers)
+      text, fits = page(plan), plan.fits
+      if options.advice:
+        advice = advise(plan, experiment, stage, options.advice, tell, layers)
+        text += advice_text(advice, plan)
+  print(text)
+  return int(not fits)
+
+
+@contextlib.contextmanager
+def _telling() -> Iterator[Callable[[str], None]]:
+  """Shows on the terminal what is being compiled, and for how long."""
+  columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+  with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    task = progress.add_task("lowering", total=None)
+    yield lambda text: progress.reset(task, description=text)
 
 
 def _stage(experiment: Experiment, name: str | None) -> Any:

@@ -1,50 +1,17 @@
-"""Compiles the programs of a stage for a slice and measures them."""
+"""Compiles the programs of a stage for a slice."""
 
 import dataclasses
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import jax
 
 from pt_jax.experiment import Experiment, Stage
-from pt_jax.plan import collectives, cost, hlo, memory
 from pt_jax.plan.choices import Choice, applied, chosen
-from pt_jax.plan.collectives import Collective
-from pt_jax.plan.cost import Kernel
-from pt_jax.plan.memory import Memory
+from pt_jax.plan.depth import Line, extrapolated
+from pt_jax.plan.measure import Measured, measure
 from pt_jax.plan.program import Program
-from pt_jax.plan.programs import train_programs
-from pt_jax.plan.roofline import Roofline, roofline
+from pt_jax.plan.programs import model_of, train_programs
 from pt_jax.plan.topology import Slice, mesh_on
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-  """One compiled program."""
-
-  program: Program
-  memory: Memory
-  seconds: float  # tracing, lowering and compiling took
-  xla: "Analysis | None"  # None where XLA refused it
-
-  @property
-  def in_order(self) -> float:
-    """Seconds of one call, no two operations at a time; 0 where XLA refused it."""
-    return 0.0 if self.xla is None else self.xla.roofline.in_order
-
-
-@dataclasses.dataclass(frozen=True)
-class Analysis:
-  """What the scheduled HLO says, of one device."""
-
-  flops: float
-  bytes: float
-  collectives: tuple[Collective, ...]
-  kernels: tuple[Kernel, ...]
-  roofline: Roofline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +59,7 @@ def plan_stage(
   *,
   tell: Callable[[str], None] = lambda text: None,
   first: Sequence[str] = (),
+  engine_layers: int | None = None,
 ) -> Plan:
   """Compiles what `stage` runs on the slice, with the changes of `choice`.
 
@@ -102,64 +70,55 @@ def plan_stage(
     choice: what is changed.
     tell: is told the name of each program that is being compiled.
     first: names of programs; where one of them does not fit, the others are not compiled.
+    engine_layers: where the model has more, prefill and decode are compiled with half as many and
+      with as many, and extrapolated.
 
   Raises ValueError for what does not divide, and where XLA fails for another reason than memory.
   """
   experiment, stage = applied(experiment, stage, choice)
+  config = model_of(experiment)
   mesh = mesh_on(piece, dataclasses.asdict(experiment.mesh))
   measured: dict[str, Measured] = {}
   with jax.set_mesh(mesh):
     programs = train_programs(experiment, stage, mesh)
     for program in sorted(programs, key=lambda program: program.name not in first):
       tell(program.name)
-      one = measured[program.name] = measure(program, piece, mesh)
+      depths = _depths(program, config.layers, engine_layers)
+      if depths is None:
+        one = measure(program, piece, mesh)
+      else:
+        one = _at_depths(program, depths, experiment, stage, piece, mesh)
+      measured[program.name] = one
       if first and not one.memory.fits:
         break
   ordered = tuple(measured[p.name] for p in programs if p.name in measured)
   return Plan(experiment, stage, piece, chosen(experiment, stage, mesh.shape), ordered)
 
 
-def measure(program: Program, piece: Slice, mesh: jax.sharding.Mesh) -> Measured:
-  """Compiles one program. Raises ValueError where XLA fails for another reason than memory."""
-  start = time.perf_counter()
-  lowered = program.lower()
-  usable = piece.chip.usable_hbm
-  try:
-    compiled, text = _compiled(lowered)
-  except jax.errors.JaxRuntimeError as error:
-    refusal = memory.refused(program, str(error), usable)
-    if refusal is None:
-      raise ValueError(f"{program.name}: XLA: {str(error).splitlines()[0]}") from error
-    return Measured(program, refusal, time.perf_counter() - start, None)
-  seconds = time.perf_counter() - start
-  held = memory.measure(program, compiled, usable)
-  return Measured(program, held, seconds, analyse(text, program, piece, mesh))
+def _depths(program: Program, layers: int, most: int | None) -> Line | None:
+  if most is None or layers <= most or program.kind not in ("prefill", "decode"):
+    return None
+  if most < 2:
+    raise ValueError(f"engine layers: expected at least 2, found {most}")
+  return Line(most // 2, most, layers)
 
 
-def _compiled(lowered: Any) -> tuple[Any, str]:
-  """The executable and its scheduled HLO, as libtpu writes it: what JAX is handed, it cannot always
-  print (jaxlib 0.10.2 stops at an async-update of several operands)."""
-  with tempfile.TemporaryDirectory() as folder:
-    dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-    compiled = lowered.compile(compiler_options=dump)
-    (path,) = Path(folder).glob("*.after_optimizations.txt")
-    return compiled, path.read_text()
-
-
-def analyse(text: str, program: Program, piece: Slice, mesh: jax.sharding.Mesh) -> Analysis:
-  """What a scheduled module costs. A kernel costs what the program says of it, or what it states
-  itself."""
-  module, trips, own = hlo.parse(text), program.trips, program.kernel
-  operations, kernels = cost.operations(module, trips), cost.kernels(module, trips)
-  if own is not None:
-    kernels = [dataclasses.replace(kernel, cost=own) for kernel in kernels]
-    known = lambda op: dataclasses.replace(op, cost=own) if cost.is_kernel(op.instruction) else op
-    operations = [known(op) for op in operations]
-  found = collectives.collectives(module, mesh.shape, trips)
-  return Analysis(
-    flops=sum(op.cost.flops * op.runs for op in operations),
-    bytes=sum(op.cost.bytes * op.runs for op in operations),
-    collectives=tuple(found),
-    kernels=tuple(kernels),
-    roofline=roofline(operations, found, program.model_flops, piece, mesh),
-  )
+def _at_depths(
+  program: Program,
+  line: Line,
+  experiment: Experiment,
+  stage: Stage,
+  piece: Slice,
+  mesh: jax.sharding.Mesh,
+) -> Measured:
+  """A program of the engine, from the same of two models with fewer layers."""
+  found = []
+  for layers in (line.shallow, line.deep):
+    model = dataclasses.replace(model_of(experiment), layers=layers)
+    programs = train_programs(dataclasses.replace(experiment, model=model), stage, mesh)
+    (same,) = (other for other in programs if other.name == program.name)
+    found.append(measure(same, piece, mesh))
+  if any(one.xla is None for one in found):
+    return found[-1]  # it does not even fit with fewer
+  shallow, deep = found
+  return extrapolated(program, shallow, deep, line)

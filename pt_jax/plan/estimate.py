@@ -43,8 +43,10 @@ def forward_flops(c: ModelConfig, length: int) -> float:
 
 
 def prefill_flops(c: ModelConfig, length: int) -> float:
-  """`forward_flops` without the output matrix: prefill draws nothing."""
-  return forward_flops(c, length) - 2.0 * c.vocab_size * c.width
+  """`forward_flops` without the output matrix, and of the last block without what comes behind its
+  attention: prefill draws nothing."""
+  unread = c.vocab_size * c.width + c.width * (c.heads * c.head_dim + 3 * c.hidden)
+  return forward_flops(c, length) - 2.0 * unread
 
 
 def decode_flops(c: ModelConfig, cached: int) -> float:

@@ -21,11 +21,10 @@ from pt_jax.plan.collectives import traffic
 from pt_jax.plan.cost import Cost
 from pt_jax.plan.engine import PAGES, WEIGHTS, Round, round_of
 from pt_jax.plan.estimate import BYTES
+from pt_jax.plan.memory import TEMPORARIES
 from pt_jax.plan.programs import Work, model_of, scores_of, work_of
 from pt_jax.plan.topology import Slice, axis_bandwidth
 from pt_jax.rollout.engine import CHUNK, LAUNCH
-
-TEMPORARIES = "activations and other temporaries"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,16 +192,21 @@ class _Model:
     """Seconds of a microbatch's collectives, on a ring each.
 
     data: blocks are gathered forward and backward where ZeRO 3 splits them, and gradients are
-    scattered, or summed under ZeRO 1; tensor: sums of [t, D], two forward, two backward, and what
-    is computed again; context: keys and values are gathered, and their gradients scattered.
+    scattered, or summed under ZeRO 1; over a whole slice all of these become all-reduces (see
+    docs/results.md); expert: gradients are summed; tensor: sums of [t, D], two forward, two
+    backward, and what is computed again; context: keys and values are gathered, and their
+    gradients scattered.
     """
     c, sizes, item = self.config, self.mesh.shape, BYTES[self.config.compute_dtype]
     params = (self._block() * c.layers + self._vocabulary()) * item
     half = lambda axis: traffic("all-gather", sizes[axis])
     total = 0.0
     if sizes["data"] > 1:
-      times = {1: 2, 2: 1, 3: 3}[self.zero]
+      times = {1: 2, 2: 1, 3: 3}[self.zero] * (2 if sizes["data"] == self.mesh.size else 1)
       total += times * params * half("data") / self._bandwidth("data")
+    if sizes["expert"] > 1:
+      grads = params / (sizes["data"] if self.zero > 1 else 1)
+      total += 2 * grads * half("expert") / self._bandwidth("expert")
     if sizes["tensor"] > 1:
       sums = 4 + (c.remat not in ("none", "projections"))
       moved = sums * c.layers * self.tokens * c.width * item * 2 * half("tensor")

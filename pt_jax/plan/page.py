@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 from pt_jax.experiment import Online
 from pt_jax.plan import engine, estimate
-from pt_jax.plan.compile import Analysis, Measured, Plan
+from pt_jax.plan.compile import Plan
+from pt_jax.plan.measure import Analysis, Measured
 from pt_jax.plan.programs import model_of, work_of
 from pt_jax.plan.roofline import Roofline
+from pt_jax.plan.schedule import schedule_of
 
 GIB = 1 << 30
 SMALL = 1 << 20  # bytes each way: collectives of less are told together
@@ -52,10 +54,13 @@ def _engine(plan: Plan) -> list[str]:
 
 def _program(one: Measured, plan: Plan) -> list[str]:
   note = f"; {one.program.note}" if one.program.note else ""
+  if one.depths:
+    note = f" with {' and '.join(map(str, one.depths))} layers, and extrapolated{note}"
   lines = ["", f"{one.program.name} (compiled in {one.seconds:.0f} s{note})", *_memory(one)]
   if one.xla is None:
     return lines
-  return [*lines, *_collectives(one.xla), *_kernels(one.xla), *_time(one, one.xla, plan)]
+  kernels = _kernels(one.xla, plan.piece.chip.name)
+  return [*lines, *_collectives(one.xla), *kernels, *_time(one, one.xla, plan)]
 
 
 def _memory(one: Measured) -> list[str]:
@@ -89,16 +94,27 @@ def _collectives(xla: Analysis) -> list[str]:
   return ["  collectives of a device, one call", *columns([head, *rows])] if rows else []
 
 
-def _kernels(xla: Analysis) -> list[str]:
+def _kernels(xla: Analysis, chip: str) -> list[str]:
   rows = [
     (
       k.name,
       f"{k.runs:.0f} runs",
       f"{k.cost.flops / 1e9:.1f} GFLOP each" if k.cost else "no cost given",
+      _schedule(k.name, chip),
     )
     for k in xla.kernels
   ]
   return ["  Pallas kernels", *columns(rows)] if rows else []
+
+
+def _schedule(kernel: str, chip: str) -> str:
+  found = schedule_of(kernel, chip)
+  if found is None:
+    return ""
+  return (
+    f"static schedule of {found.case}: {found.turn:,.0f} cycles a turn, "
+    f"{found.cycles:,.0f} a call, {found.spills:,} spills"
+  )
 
 
 def _time(one: Measured, xla: Analysis, plan: Plan) -> list[str]:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from pt_jax.experiment import Experiment, Stage
 from pt_jax.models.config import Remat
 from pt_jax.plan.choices import Choice, applied
-from pt_jax.plan.compile import Measured, Plan, plan_stage
+from pt_jax.plan.compile import Plan, plan_stage
 from pt_jax.plan.forecast import Forecast, forecast
+from pt_jax.plan.measure import Measured
 from pt_jax.plan.memory import MARGIN
 from pt_jax.plan.programs import check_mesh, work_of
 from pt_jax.plan.topology import Slice, mesh_on
@@ -51,6 +52,7 @@ def sweep(
   fixed: Choice,
   count: int,
   tell: Callable[[str], None] = lambda text: None,
+  engine_layers: int | None = None,
 ) -> Sweep:
   """Compiles the `count` choices that closed forms put first.
 
@@ -61,6 +63,7 @@ def sweep(
     fixed: what is not None here is the same in every choice.
     count: choices that are compiled.
     tell: is told what is being compiled.
+    engine_layers: see `plan_stage`.
 
   Raises ValueError when no choice divides the model and the rows, or none has room.
   """
@@ -75,7 +78,9 @@ def sweep(
   picks = []
   for number, candidate in enumerate(fitting[:count]):
     say = lambda name, n=number, c=candidate: tell(f"{n + 1} of {count}, {c.choice}: {name}")
-    plan = plan_stage(experiment, stage, piece, candidate.choice, tell=say)
+    plan = plan_stage(
+      *(experiment, stage, piece, candidate.choice), tell=say, engine_layers=engine_layers
+    )
     picks.append(Pick(candidate, plan))
   picks.sort(key=lambda pick: (not pick.plan.fits, pick.plan.seconds))
   return Sweep(len(found), len(fitting), tuple(picks))
@@ -113,7 +118,8 @@ def _fits(found: Forecast, piece: Slice) -> bool:
 
 
 def _meshes(devices: int, fixed: Choice) -> Iterator[dict[str, int]]:
-  """Powers of two, or what is left of another number of devices, for data, context and tensor."""
+  """Powers of two for context and tensor, and where both are 1 for expert, which is then one more
+  axis of the batch; data is what is left."""
   if fixed.mesh is not None:
     yield dict(fixed.mesh)
     return
@@ -121,6 +127,7 @@ def _meshes(devices: int, fixed: Choice) -> Iterator[dict[str, int]]:
   for context, tensor in itertools.product(powers, powers):
     if devices % (context * tensor) == 0:
       yield {"data": devices // (context * tensor), "context": context, "tensor": tensor}
+  yield from ({"data": devices // n, "expert": n} for n in powers if 1 < n < devices)
 
 
 def _options(stage: Stage, fixed: Choice) -> Iterator[tuple[int, Remat, int]]:
@@ -175,17 +182,3 @@ def _difference(plan: Plan, best: Plan) -> str:
 
 def _slowest(plan: Plan) -> Measured:
   return max(plan.programs, key=lambda one: one.program.calls * one.in_order)
-
-
-def changed(choice: Choice, given: Choice) -> list[str]:
-  """What of a choice is not as given, as options of `launch.plan`."""
-  mesh = lambda c: {name: size for name, size in (c.mesh or {}).items() if size > 1}
-  different = Choice(
-    mesh=choice.mesh if mesh(choice) != mesh(given) else None,
-    **{
-      field.name: getattr(choice, field.name)
-      for field in dataclasses.fields(Choice)
-      if field.name != "mesh" and getattr(choice, field.name) != getattr(given, field.name)
-    },
-  )
-  return [str(different)] if str(different) else []

@@ -27,8 +27,7 @@ TINY = ModelConfig(
 PROMPT, COMPLETION, SLOTS = 128, 128, 16
 
 
-@pytest.fixture(scope="module")
-def plan() -> Plan:
+def _planned(layers: int, **options) -> Plan:
   """16 completions a step, no KL, so no scoring; on data=2, tensor=2."""
   base = grpo_qwen3.config(
     prompts=4,
@@ -41,8 +40,15 @@ def plan() -> Plan:
   )
   objective = dataclasses.replace(objectives.grpo(), kl=None)
   stage = dataclasses.replace(base.stages[0], objective=objective)
-  experiment = dataclasses.replace(base, model=TINY, stages=(stage,))
-  return plan_stage(experiment, stage, open_slice("v5e:2x2"), Choice())
+  model = dataclasses.replace(TINY, layers=layers)
+  experiment = dataclasses.replace(base, model=model, stages=(stage,))
+  return plan_stage(experiment, stage, open_slice("v5e:2x2"), Choice(), **options)
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+  """Of one layer."""
+  return _planned(1)
 
 
 def test_programs_and_their_calls(plan):
@@ -84,3 +90,21 @@ def test_page_says_what_a_step_takes(plan):
   for line in ("KV cache pages", "engine    16 slots; prompts of 128 tokens", "a token, HBM"):
     assert line in text
   assert text.splitlines()[-1].split()[0] == "all"
+
+
+@pytest.mark.slow
+def test_figures_of_a_deep_engine_are_those_of_two_shallow_ones():
+  """Six layers from two and four, beside six that were compiled."""
+  kinds = ("prefill", "decode")
+  (true, found) = (
+    {one.program.kind: one for one in made.programs if one.program.kind in kinds}
+    for made in (_planned(6), _planned(6, engine_layers=4))
+  )
+  for kind in kinds:
+    a, b = true[kind], found[kind]
+    assert b.depths == (2, 4) and a.xla is not None and b.xla is not None
+    assert b.memory.parts[PAGES] == a.memory.parts[PAGES]
+    assert b.xla.flops == pytest.approx(a.xla.flops, rel=0.01)
+    assert b.xla.roofline.ici == pytest.approx(a.xla.roofline.ici, rel=0.05)
+    assert sum(k.runs for k in b.xla.kernels) == sum(k.runs for k in a.xla.kernels)
+    assert b.in_order == pytest.approx(a.in_order, rel=0.2)

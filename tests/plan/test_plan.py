@@ -5,15 +5,23 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments import sft_qwen3
+from experiments import grpo_qwen3, sft_qwen3
+from kernels.aot import budget
 from pt_jax.data.groups import Group, pack_groups
 from pt_jax.data.packing import Example, pack, pack_rows
 from pt_jax.loops.rollouts import pack_rollouts
 from pt_jax.models.config import ModelConfig
+from pt_jax.models.zoo import ZOO
 from pt_jax.plan import estimate, page, programs
+from pt_jax.plan.advice import advise, changes
 from pt_jax.plan.choices import Choice, applied
 from pt_jax.plan.compile import Plan, plan_stage
+from pt_jax.plan.depth import Line, extrapolated
+from pt_jax.plan.findings import advice_text, sweep_text
+from pt_jax.plan.forecast import forecast
 from pt_jax.plan.memory import TEMPORARIES
+from pt_jax.plan.schedule import schedule_of
+from pt_jax.plan.sweep import Sweep, candidates, sweep
 from pt_jax.plan.topology import axis_bandwidth, mesh_on, open_slice, read_mesh
 from pt_jax.rollout.rollouts import Rollouts
 
@@ -28,21 +36,28 @@ TINY = ModelConfig(
   hidden=512,
   compute_dtype="bfloat16",
 )
+LENGTH = 2048
 EXAMPLE = Example(np.arange(4, dtype=np.int32), np.ones(4, np.float32))
 
 
 @pytest.fixture(scope="module")
 def experiment():
-  """Two microbatches of 4 rows of 256 tokens."""
-  base = sft_qwen3.config(batch_size=8, row_length=256, microbatches=2)
+  """Two microbatches of 4 rows."""
+  base = sft_qwen3.config(batch_size=8, row_length=LENGTH, microbatches=2)
   return dataclasses.replace(base, model=TINY)
 
 
 @pytest.fixture(scope="module")
-def plan(experiment) -> Plan:
+def swept(experiment) -> Sweep:
+  """The only choice that is left on data=2, tensor=2, compiled."""
+  fixed = Choice({"data": 2, "tensor": 2}, zero=3, remat="attention", microbatches=2)
+  return sweep(experiment, experiment.stages[0], open_slice("v5e:2x2"), fixed, 1)
+
+
+@pytest.fixture(scope="module")
+def plan(swept) -> Plan:
   """On data=2, tensor=2."""
-  choice = Choice(mesh={"data": 2, "tensor": 2})
-  return plan_stage(experiment, experiment.stages[0], open_slice("v5e:2x2"), choice)
+  return swept.picks[0].plan
 
 
 def test_memory_is_that_of_the_parameter_table(plan):
@@ -53,7 +68,7 @@ def test_memory_is_that_of_the_parameter_table(plan):
   assert parts["parameters"] == 4 * (split // 4 + whole)
   assert parts["optimizer"] == 2 * parts["parameters"] + 2 * 4  # moments, and two counters
   assert parts["gradients"] == parts["parameters"]
-  assert parts["batch"] == 5 * 4 * 8 * 256 // 2  # fields, bytes, rows, tokens; over data
+  assert parts["batch"] == 5 * 4 * 8 * LENGTH // 2  # fields, bytes, rows, tokens; over data
   assert parts[TEMPORARIES] > 0
   assert plan.fits
 
@@ -61,8 +76,8 @@ def test_memory_is_that_of_the_parameter_table(plan):
 def test_flops_are_the_models_and_what_is_computed_twice(plan):
   xla = plan.programs[0].xla
   assert xla is not None
-  tokens = 8 * 256
-  assert plan.programs[0].program.model_flops == 3 * tokens * estimate.forward_flops(TINY, 256)
+  tokens = 8 * LENGTH
+  assert plan.programs[0].program.model_flops == 3 * tokens * estimate.forward_flops(TINY, LENGTH)
   again = xla.flops * 4 / plan.programs[0].program.model_flops
   # `remat` computes a block twice. Kernels state what they cost.
   assert all(kernel.cost for kernel in xla.kernels)
@@ -94,6 +109,18 @@ def test_page_says_everything(plan):
     assert word in text
   assert "MFU" in text
   assert "mesh      data=2 tensor=2; ZeRO 3" in text
+
+
+def test_schedules_are_those_of_the_budget():
+  known = budget.read()
+  found = schedule_of("flash_attention_forward", "v5e")
+  if known["versions"] != budget.versions():
+    assert found is None
+    return
+  assert found is not None
+  (figures,) = known["cases"]["flash_attention causal_4096 v5e"].values()
+  assert (found.turn, found.cycles) == (figures["turn"], figures["cycles"])
+  assert schedule_of("no_such_kernel", "v5e") is None
 
 
 def _rows():
@@ -156,3 +183,95 @@ def test_bandwidth_of_a_mesh_axis():
   piece = open_slice("v6e:16x16")
   mesh = mesh_on(piece, {"data": 32, "tensor": 8})
   assert axis_bandwidth(piece, mesh, ("tensor",)) == pytest.approx(100e9)
+
+
+def test_sweep_keeps_what_is_given(swept):
+  assert swept.considered == swept.roomy == len(swept.picks) == 1
+  text = sweep_text(swept)
+  assert "--mesh data=2,tensor=2 --zero 3 --remat attention --microbatches 2" in text
+  assert "train step takes 100% of it, bound by" in text
+
+
+def test_candidates_divide_and_are_in_order(experiment):
+  piece = open_slice("v5e:2x2")
+  every = candidates(experiment, experiment.stages[0], piece, Choice())
+  times = [c.forecast.time for c in every]
+  assert times == sorted(times, key=lambda t: round(t, 6))
+  for one in every:
+    mesh = {"data": 1, "tensor": 1} | dict(one.choice.mesh or {})
+    assert TINY.kv_heads % mesh["tensor"] == 0
+    assert 8 // one.choice.microbatches % mesh["data"] == 0
+  with pytest.raises(ValueError, match="sweep: no choice divides the model and the rows"):
+    candidates(experiment, experiment.stages[0], piece, Choice(mesh={"tensor": 4}))
+
+
+def test_closed_forms_are_near_what_is_compiled(swept):
+  (pick,) = swept.picks
+  closed, (step,) = pick.candidate.forecast, pick.plan.programs
+  assert step.xla is not None
+  parts, compiled = closed.parts, step.memory.parts
+  assert parts["parameters"] == compiled["parameters"]
+  assert parts["gradients"] == compiled["gradients"]
+  assert parts["optimizer"] + 8 == compiled["optimizer"]  # two counters
+  assert parts[TEMPORARIES] == pytest.approx(compiled[TEMPORARIES], rel=0.3)
+  assert closed.binding["compute"] == pytest.approx(step.xla.roofline.compute, rel=0.3)
+  assert closed.binding["ICI"] == pytest.approx(step.xla.roofline.ici, rel=0.5)
+
+
+def test_advice_is_compiled(swept, experiment, monkeypatch):
+  """On a chip with less memory than the plan needs, a change is found that fits."""
+  monkeypatch.setattr("pt_jax.plan.advice.MARGIN", 0)
+  (pick,) = swept.picks
+  stage, need = experiment.stages[0], pick.plan.worst.memory.total
+  chip = dataclasses.replace(pick.plan.piece.chip, usable_hbm=need * 9 // 10)
+  memory = dataclasses.replace(pick.plan.worst.memory, usable=chip.usable_hbm)
+  plan = dataclasses.replace(
+    pick.plan,
+    piece=dataclasses.replace(pick.plan.piece, chip=chip),
+    programs=(dataclasses.replace(pick.plan.worst, memory=memory),),
+  )
+  assert not plan.fits
+  advice = advise(plan, experiment, stage, 1)
+  assert advice.found is not None
+  change, new = advice.found
+  assert new.fits and new.worst.memory.total <= chip.usable_hbm
+  text = advice_text(advice, plan)
+  assert f"advice: {change.options}" in text
+  assert "the largest residents: activations and other temporaries" in text
+
+
+def test_changes_differ_in_what_they_say(swept, experiment):
+  (pick,) = swept.picks
+  for change in changes(pick.plan, experiment, experiment.stages[0]):
+    old, new = dataclasses.asdict(pick.plan.choice), dataclasses.asdict(change.choice)
+    assert sum(old[name] != new[name] for name in old) == change.count
+    assert change.options.count("--") == change.count
+
+
+def test_figures_are_linear_in_layers(swept):
+  """A plan taken for two depths is itself at any third; with another, a line runs through both."""
+  (pick,) = swept.picks
+  (one,) = pick.plan.programs
+  assert one.xla is not None
+  same = extrapolated(one.program, one, one, Line(1, 2, 9))
+  assert same.xla == one.xla and same.memory == one.memory
+  double = dataclasses.replace(one, xla=dataclasses.replace(one.xla, bytes=2 * one.xla.bytes))
+  far = extrapolated(one.program, one, double, Line(1, 2, 4))
+  assert far.xla is not None and far.xla.bytes == 4 * one.xla.bytes
+  assert far.depths == (1, 2)
+
+
+def test_closed_forms_of_an_online_stage():
+  """Qwen3-0.6B: policy, reference, and an engine of 32 slots a device."""
+  experiment = grpo_qwen3.small()
+  piece, config = open_slice("v5e:2x4"), ZOO["qwen3-0.6b"]
+  count = estimate.parameters(config)
+  closed = forecast(*applied(experiment, experiment.stages[0], Choice()), piece, mesh_on(piece, {}))
+  assert closed.parts["reference"] == closed.parts["parameters"]
+  assert closed.parts["parameters"] == pytest.approx(4 * count / 8, rel=0.01)
+  assert closed.parts["engine weights"] == 2 * (count + config.vocab_size * config.width)
+  # 28 layers x 2 x 8 heads x 128 x 2 bytes, (33 x 64 + 2) pages of 32 tokens.
+  assert closed.parts["KV cache pages"] == 114_688 * (33 * 64 + 2) * 32
+  # 1,536 tokens of 2 waves of 256: weights and 1,280 tokens of 32 samples for each, at 819 GB/s.
+  read = 2 * estimate.multiplied(config) + 32 * 114_688 * 1280
+  assert closed.seconds["decode"] == pytest.approx(2 * 1536 * read / 819e9, rel=0.25)
