@@ -44,7 +44,7 @@ def config(
   held_out: int = 512,
   remat: Remat = "block",
   context: int = 1,
-  tensor: int = 8,
+  tensor: int = 4,
   zero: int = 3,
   seed: int = 0,
 ) -> Experiment:

@@ -69,6 +69,8 @@ def test_a_digest_is_of_all_that_stands_before():
 class Machine(RuleBasedStateMachine):
   """The scheduler, driven as the engine does; `content` is what pages of a device would hold."""
 
+  steps = 0  # of all machines
+
   def __init__(self):
     super().__init__()
     self.scheduler = Scheduler(parts=PARTS, slots=SLOTS, pages=PAGES, rows=ROWS)
@@ -172,10 +174,12 @@ class Machine(RuleBasedStateMachine):
     assert len(found) == len(alive) and set(found) == set(alive)
     assert all(len(part) <= SLOTS for part in self.scheduler.running)
     self.requests = [r for r in self.requests if any(s.stop is None for s in r.samples)]
+    Machine.steps += 1
 
   def teardown(self):
     """What is left comes to its end, and every page comes back."""
-    for _ in range(500):
+    alive = [s for request in self.requests for s in request.samples if s.stop is None]
+    for _ in range(200 + 2 * sum(s.limit(WINDOW) for s in alive)):
       if not self.scheduler.unfinished:
         break
       self.scheduler.admit()
@@ -200,6 +204,8 @@ class Machine(RuleBasedStateMachine):
 
 
 def operations(examples, steps):
+  """How many were run."""
+  before = Machine.steps
   run_state_machine_as_test(
     Machine,
     settings=settings(
@@ -210,12 +216,13 @@ def operations(examples, steps):
       suppress_health_check=list(HealthCheck),
     ),
   )
+  return Machine.steps - before
 
 
 def test_a_thousand_random_operations():
-  operations(25, 40)
+  assert operations(30, 40) >= 1000
 
 
 @pytest.mark.slow
 def test_ten_thousand_random_operations():
-  operations(100, 100)
+  assert operations(110, 100) >= 10_000
