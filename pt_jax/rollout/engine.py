@@ -328,8 +328,7 @@ class Engine:
     samples = sum(map(len, parts))
     if self._scheduler.waiting:
       return max(1, samples // REFILL), 0
-    fewer = self._shapes.launch_rows(rows // len(parts) // 2)
-    return samples, fewer if fewer < max(map(len, parts)) else 0
+    return samples, self._memory.fewer(parts, rows)
 
   def _collect(self, places: Sequence[tuple[int, Sample]], drawn: programs.Drawn) -> list[Sample]:
     """Hands tokens to their samples and frees what the ones that ended had."""

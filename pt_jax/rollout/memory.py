@@ -15,6 +15,9 @@ from pt_jax.rollout.sampling import Needs
 from pt_jax.rollout.sequence import Sample
 from pt_jax.weights import Params
 
+# Tokens that a sample must still be allowed for the view to shrink: closing ranks and a program for
+# fewer rows cost as much as some ten steps.
+WORTH = 64
 Parts = Sequence[Sequence[Sample]]  # samples of each part of the mesh's batch axes
 
 
@@ -75,6 +78,11 @@ class Paged:
     each = self.shapes.launch_rows(max(map(len, chosen)))
     places = [(p * each + i, s) for p, part in enumerate(chosen) for i, s in enumerate(part)]
     return places, each * len(chosen)
+
+  def fewer(self, chosen: Parts, rows: int) -> int:
+    """Samples of a part for which half of these rows are enough; 0 where that is no gain."""
+    fewer = self.shapes.launch_rows(rows // len(chosen) // 2)
+    return fewer if fewer < max(map(len, chosen)) else 0
 
   def launch(
     self,
@@ -162,10 +170,12 @@ class Viewed(Paged):
 
   def __init__(self, configs: Sequence[ModelConfig], shapes: batches.Shapes):
     super().__init__(configs, shapes)
+    self._views: tuple[cache.View, ...] = ()
+    self._made = (0, 0)  # rows of each part and pages of a row of the views that there are
     self.clear()
 
   def clear(self) -> None:
-    self._views: tuple[cache.View, ...] = ()
+    """Nobody sits. The views stay, and are used again where the next ones have their size."""
     self._each = self._pages = 0  # rows of each part; pages of a row
     self._seats: list[list[Sample | None]] = [[] for _ in range(self.shapes.parts)]
 
@@ -178,6 +188,8 @@ class Viewed(Paged):
       self.clear()
     pages, steps = self._length(ready, steps, most)
     each = self.shapes.launch_rows(max(map(len, ready)))
+    if each < self._each and not self._long(ready):
+      each = self._each
     if (each, pages) != (self._each, self._pages):
       self._resize(each, pages)
     new = [[s for s in part if s.row < 0] for part in ready]
@@ -197,6 +209,14 @@ class Viewed(Paged):
       return self.shapes.view_pages(longest + steps, most), steps
     return pages, min(steps, room)
 
+  def _long(self, parts: Parts) -> bool:
+    """Whether one of these may go on for so long that fewer rows pay."""
+    size = self.shapes.max_length
+    return any(s.limit(size) - len(s.tokens) >= WORTH for part in parts for s in part)
+
+  def fewer(self, chosen: Parts, rows: int) -> int:
+    return super().fewer(chosen, rows) if self._long(chosen) else 0
+
   def _resize(self, each: int, pages: int) -> None:
     """Samples move to the first rows."""
     source = np.zeros((self.shapes.parts, each), np.int32)
@@ -205,13 +225,14 @@ class Viewed(Paged):
       for i, sample in enumerate(kept):
         source[p, i], sample.row = sample.row, i
       self._seats[p] = [*kept, *[None] * (each - len(kept))]
-    length = pages * self.shapes.rows
-    self.programs.add(("resize", self._each, self._pages, each, pages))
-    views = self._views or [None] * len(self.configs)
-    self._views = tuple(
-      programs.resize(c, view, source, length) for c, view in zip(self.configs, views)
-    )
-    self._each, self._pages = each, pages
+    if self._each or self._made != (each, pages):
+      views = self._views if self._each else [None] * len(self.configs)
+      self.programs.add(("resize", self._each, self._pages, each, pages))
+      length = pages * self.shapes.rows
+      self._views = tuple(
+        programs.resize(c, view, source, length) for c, view in zip(self.configs, views)
+      )
+    self._each, self._pages = self._made = (each, pages)
 
   def _seat(self, new: Parts) -> None:
     """Copies the pages of these samples to free rows."""
