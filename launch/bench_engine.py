@@ -38,7 +38,8 @@ def main(problems: str = PROBLEMS, repeats: int = 5, run: pathlib.Path | None = 
   """Prints what prefix sharing saves on a GRPO batch, and what n-gram speculation does to decoding.
 
   Args:
-    problems: JSON lines with a "question", the prompts of the batch as bytes.
+    problems: JSON lines with a "question", the prompts of the batch as bytes; without such a file
+      that part is left out.
     repeats: timings of each kind; the medians are shown.
     run: a folder of a run, to guess what its policy says, too.
   """
@@ -46,7 +47,10 @@ def main(problems: str = PROBLEMS, repeats: int = 5, run: pathlib.Path | None = 
     host.use_cpu(SPEC["threads"])
   with jax.set_mesh(sharding.make_mesh(data=-1)):
     config, _, state = bench_tasks.start()
-    share_prompts(config, state.params, _questions(problems), repeats)
+    if pathlib.Path(problems).exists():
+      share_prompts(config, state.params, _questions(problems), repeats)
+    else:
+      print(f"prompts that a group shares: left out, --problems: no file {problems}")
     speculate(config, state.params, repeats)
     if run is not None:
       speculate_on(run, repeats)

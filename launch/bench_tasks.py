@@ -87,6 +87,7 @@ def _sft() -> Callable[[int], int]:
 
 
 def random_prompts(count: int, length: int, vocab: int) -> list[list[int]]:
+  """`count` prompts of `length` tokens below `vocab`, the same ones in every call."""
   return np.random.default_rng(0).integers(0, vocab, (count, length)).tolist()
 
 

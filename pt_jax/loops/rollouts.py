@@ -233,6 +233,8 @@ def _with_prompts(
 def _moved(values: np.ndarray, start: np.ndarray) -> np.ndarray:
   """[N, W], each row moved to the left by its `start` [N] (to the right below 0), 0 where nothing
   comes from."""
+  if not np.any(start):
+    return values
   index = np.arange(values.shape[1]) + np.asarray(start)[:, None]
   there = (index >= 0) & (index < values.shape[1])
   return np.where(there, np.take_along_axis(values, np.where(there, index, 0), 1), 0)

@@ -12,7 +12,7 @@ from pt_jax.plan.choices import Choice, applied
 from pt_jax.plan.compile import Plan, plan_stage
 from pt_jax.plan.forecast import forecast
 from pt_jax.plan.memory import MARGIN, TEMPORARIES
-from pt_jax.plan.programs import check_mesh
+from pt_jax.plan.stage import check_mesh
 from pt_jax.plan.topology import mesh_on
 
 FREE = 0.5  # of the usable memory: a plan that leaves more is looked at for a faster one

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pt_jax.experiment import Experiment, MeshShape, Offline, Online, Stage
 from pt_jax.models.config import Remat
-from pt_jax.plan.programs import model_of, work_of
+from pt_jax.plan.stage import model_of, work_of
 
 
 @dataclasses.dataclass(frozen=True)

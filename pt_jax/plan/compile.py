@@ -10,7 +10,7 @@ from pt_jax.plan.choices import Choice, applied, chosen
 from pt_jax.plan.depth import Line, extrapolated
 from pt_jax.plan.measure import Measured, measure
 from pt_jax.plan.program import Program
-from pt_jax.plan.programs import model_of, train_programs
+from pt_jax.plan.stage import model_of, train_programs
 from pt_jax.plan.topology import Slice, mesh_on
 
 

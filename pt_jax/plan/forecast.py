@@ -22,7 +22,7 @@ from pt_jax.plan.cost import Cost
 from pt_jax.plan.engine import PAGES, WEIGHTS, Round, round_of
 from pt_jax.plan.estimate import BYTES
 from pt_jax.plan.memory import TEMPORARIES
-from pt_jax.plan.programs import Work, model_of, scores_of, work_of
+from pt_jax.plan.stage import Work, model_of, scores_of, work_of
 from pt_jax.plan.topology import Slice, axis_bandwidth
 from pt_jax.rollout.engine import CHUNK, LAUNCH
 

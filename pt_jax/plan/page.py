@@ -6,9 +6,9 @@ from pt_jax.experiment import Online
 from pt_jax.plan import engine, estimate
 from pt_jax.plan.compile import Plan
 from pt_jax.plan.measure import Analysis, Measured
-from pt_jax.plan.programs import model_of, work_of
 from pt_jax.plan.roofline import Roofline
 from pt_jax.plan.schedule import schedule_of
+from pt_jax.plan.stage import model_of, work_of
 
 GIB = 1 << 30
 SMALL = 1 << 20  # bytes each way: collectives of less are told together

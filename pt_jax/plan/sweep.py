@@ -14,7 +14,7 @@ from pt_jax.plan.compile import Plan, plan_stage
 from pt_jax.plan.forecast import Forecast, forecast
 from pt_jax.plan.measure import Measured
 from pt_jax.plan.memory import MARGIN
-from pt_jax.plan.programs import check_mesh, work_of
+from pt_jax.plan.stage import check_mesh, work_of
 from pt_jax.plan.topology import Slice, mesh_on
 
 ROOM = 1.25  # a forecast of temporaries may be too large by so much

@@ -184,28 +184,13 @@ def launch(
     limit: positions are below it. Static.
   """
   rows = jax.tree.map(kv.split, rows)
-  count = rows.token.shape[0]
   table = decoder.rope_table(config, limit)
+  empty = nothing_drawn(len(rows.token), tokens, min(needs.top, w["unembed"].shape[0]))
   running = jnp.sum(rows.active)
-  parts = rows.active.reshape(kv.parts(), -1).shape
-
-  def zeros(dtype: Any, *more: int) -> jax.Array:
-    where = USE.spec("batch", *(None,) * len(more))
-    return jnp.zeros((count, *more), dtype, out_sharding=where)
-
-  top = (tokens, min(needs.top, w["unembed"].shape[0]))
-  empty = Drawn(
-    zeros(jnp.int32, tokens),
-    zeros(jnp.float32, tokens),
-    zeros(jnp.int32),
-    zeros(jnp.int32, *top),
-    zeros(jnp.float32, *top),
-  )
 
   def unfinished(carry: Any) -> jax.Array:
     step, rows, _, _ = carry
-    left = jnp.sum(rows.active.reshape(parts), 1)
-    return (step < steps) & (running - jnp.sum(left) < enough) & (jnp.max(left) > few)
+    return (step < steps) & goes_on(rows, running, enough, few)
 
   def step(carry: Any) -> Any:
     i, rows, cache, drawn = carry
@@ -222,20 +207,46 @@ def launch(
       put(drawn.top_tokens, best[0]),
       put(drawn.top_logprobs, best[1]),
     )
-    ends = (token[:, None] == rows.stop_tokens).any(-1) | (position + 1 >= rows.end)
-    go_on = rows.active & ~ends
-    rows = dataclasses.replace(
-      rows,
-      token=jnp.where(go_on, token, rows.token),
-      position=jnp.where(go_on, position, rows.position),
-      active=go_on,
-    )
-    return i + 1, rows, cache, drawn
+    return i + 1, advance(rows, token, position), cache, drawn
 
   start = (jnp.int32(0), rows, cache, empty)
   _, _, cache, drawn = jax.lax.while_loop(unfinished, step, start)
-  whole = lambda x: jax.reshard(x, P(*(None,) * x.ndim))  # every host reads every token
-  return cache, jax.tree.map(whole, drawn)
+  return cache, whole(drawn)
+
+
+def nothing_drawn(count: int, tokens: int, top: int) -> Drawn:
+  """Room for `tokens` of each of R rows, and for the `top` most likely in the place of each."""
+
+  def zeros(dtype: Any, *more: int) -> jax.Array:
+    where = USE.spec("batch", *(None,) * len(more))
+    return jnp.zeros((count, *more), dtype, out_sharding=where)
+
+  ints, floats = functools.partial(zeros, jnp.int32), functools.partial(zeros, jnp.float32)
+  return Drawn(ints(tokens), floats(tokens), ints(), ints(tokens, top), floats(tokens, top))
+
+
+def goes_on(rows: Rows, running: jax.Array, enough: jax.Array, few: jax.Array) -> jax.Array:
+  """Whether fewer than `enough` of the `running` rows have ended and a part has more than `few`."""
+  left = jnp.sum(rows.active.reshape(kv.parts(), -1), 1)
+  return (running - jnp.sum(left) < enough) & (jnp.max(left) > few)
+
+
+def advance(rows: Rows, token: jax.Array, position: jax.Array) -> Rows:
+  """The active rows with the token [R] that now is their last one, at `position` [R]; one that ends
+  with it stays as it was and is active no more."""
+  ends = (token[:, None] == rows.stop_tokens).any(-1) | (position + 1 >= rows.end)
+  go_on = rows.active & ~ends
+  return dataclasses.replace(
+    rows,
+    token=jnp.where(go_on, token, rows.token),
+    position=jnp.where(go_on, position, rows.position),
+    active=go_on,
+  )
+
+
+def whole(tree: Any) -> Any:
+  """Arrays that every host can read."""
+  return jax.tree.map(lambda x: jax.reshard(x, P(*(None,) * x.ndim)), tree)
 
 
 def read(

@@ -19,7 +19,7 @@ from pt_jax.rollout import programs
 from pt_jax.rollout.programs import Drawn, Rows
 from pt_jax.rollout.proposals import Plan, accept, from_history
 from pt_jax.rollout.sampling import Needs
-from pt_jax.sharding import USE, P
+from pt_jax.sharding import USE
 from pt_jax.weights import Params
 
 Caches = tuple[kv.View | kv.Pages, ...]  # of the model, and of the draft if there is one
@@ -71,27 +71,16 @@ def launch(
     limit: positions are below it.
   """
   rows, history = jax.tree.map(kv.split, rows), jax.tree.map(kv.split, history)
-  count, running = rows.token.shape[0], jnp.sum(rows.active)
-  parts = rows.active.reshape(kv.parts(), -1).shape
   reach = limit + plan.tokens + 1
   angles = [decoder.rope_table(c, reach) for c in (plan.config, plan.draft) if c is not None]
-
-  def zeros(dtype: Any, *more: int) -> jax.Array:
-    where = USE.spec("batch", *(None,) * len(more))
-    return jnp.zeros((count, *more), dtype, out_sharding=where)
-
-  top = (tokens, min(needs.top, w[0]["unembed"].shape[0]))
-  ints = functools.partial(zeros, jnp.int32)
-  drawn = Drawn(
-    ints(tokens), zeros(jnp.float32, tokens), ints(), ints(*top), zeros(jnp.float32, *top)
-  )
-  tally = Tally(ints(), ints(), ints())
+  running, top = jnp.sum(rows.active), min(needs.top, w[0]["unembed"].shape[0])
+  drawn = programs.nothing_drawn(len(rows.token), tokens, top)
+  tally = Tally(*(jnp.zeros_like(drawn.count),) * 3)
 
   def unfinished(carry: Any) -> jax.Array:
     rows, _, _, drawn, _ = carry
-    left = jnp.sum(rows.active.reshape(parts), 1)
     full = (rows.active & (drawn.count >= steps)).any()
-    return ~full & (running - jnp.sum(left) < enough) & (jnp.max(left) > few)
+    return ~full & programs.goes_on(rows, running, enough, few)
 
   def step(carry: Any) -> Any:
     rows, history, caches, drawn, tally = carry
@@ -112,8 +101,7 @@ def launch(
 
   start = (rows, history, caches, drawn, tally)
   _, _, caches, drawn, tally = jax.lax.while_loop(unfinished, step, start)
-  whole = lambda x: jax.reshard(x, P(*(None,) * x.ndim))  # every host reads every token
-  return caches, *jax.tree.map(whole, (drawn, tally))
+  return caches, *programs.whole((drawn, tally))
 
 
 def _by_rows(function: Any, *args: Any) -> Any:
@@ -256,9 +244,7 @@ def _accepted(rows, history, drawn, tally, proposals, found, tokens, steps):
     tally.accepted + found * jnp.minimum(agree, count),
   )
   last = jnp.take_along_axis(token, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
-  position = rows.position + count
-  ends = (last[:, None] == rows.stop_tokens).any(-1) | (position + 1 >= rows.end)
-  go_on = rows.active & ~ends
+  after = programs.advance(rows, last, rows.position + count)
   drawn = Drawn(
     put(drawn.tokens, token),
     put(drawn.logprobs, logprob),
@@ -268,12 +254,6 @@ def _accepted(rows, history, drawn, tally, proposals, found, tokens, steps):
   )
   # A row that has ended is read again and again in place: nothing of it may change.
   where = (rows.position - history.first)[:, None] + 1 + offset
-  where = jnp.where(kept & go_on[:, None], where, history.tokens.shape[1])
+  where = jnp.where(kept & after.active[:, None], where, history.tokens.shape[1])
   history = history.replace(tokens=history.tokens.at[row, where].set(token, mode="drop"))
-  rows = dataclasses.replace(
-    rows,
-    token=jnp.where(go_on, last, rows.token),
-    position=jnp.where(go_on, position, rows.position),
-    active=go_on,
-  )
-  return rows, history, drawn, tally
+  return after, history, drawn, tally

@@ -6,24 +6,15 @@ import pytest
 
 from experiments import grpo_qwen3
 from pt_jax.losses import objective as objectives
-from pt_jax.models.config import ModelConfig
 from pt_jax.plan import estimate, page
 from pt_jax.plan.choices import Choice
 from pt_jax.plan.compile import Plan, plan_stage
 from pt_jax.plan.engine import PAGES, WEIGHTS
 from pt_jax.plan.topology import open_slice
+from tests.plan import tiny
 
 pytest.importorskip("libtpu")
-TINY = ModelConfig(
-  vocab_size=512,
-  width=256,
-  layers=1,
-  heads=4,
-  kv_heads=2,
-  head_dim=128,
-  hidden=512,
-  compute_dtype="bfloat16",
-)
+TINY = dataclasses.replace(tiny.MODEL, layers=1)
 PROMPT, COMPLETION, SLOTS = 128, 128, 16
 
 

@@ -10,9 +10,8 @@ from kernels.aot import budget
 from pt_jax.data.groups import Group, pack_groups
 from pt_jax.data.packing import Example, pack, pack_rows
 from pt_jax.loops.rollouts import pack_rollouts
-from pt_jax.models.config import ModelConfig
 from pt_jax.models.zoo import ZOO
-from pt_jax.plan import estimate, page, programs
+from pt_jax.plan import estimate, page
 from pt_jax.plan.advice import advise, changes
 from pt_jax.plan.choices import Choice, applied
 from pt_jax.plan.compile import Plan, plan_stage
@@ -21,21 +20,14 @@ from pt_jax.plan.findings import advice_text, sweep_text
 from pt_jax.plan.forecast import forecast
 from pt_jax.plan.memory import TEMPORARIES
 from pt_jax.plan.schedule import schedule_of
+from pt_jax.plan.stage import INTEGERS
 from pt_jax.plan.sweep import Sweep, candidates, sweep
 from pt_jax.plan.topology import axis_bandwidth, mesh_on, open_slice, read_mesh
 from pt_jax.rollout.rollouts import Rollouts
+from tests.plan import tiny
 
 pytest.importorskip("libtpu")
-TINY = ModelConfig(
-  vocab_size=512,
-  width=256,
-  layers=3,
-  heads=4,
-  kv_heads=2,
-  head_dim=128,
-  hidden=512,
-  compute_dtype="bfloat16",
-)
+TINY = tiny.MODEL
 LENGTH = 2048
 EXAMPLE = Example(np.arange(4, dtype=np.int32), np.ones(4, np.float32))
 
@@ -145,7 +137,7 @@ def _rollouts():
 def test_dtypes_of_abstract_batches_are_those_of_real_ones(pack_one):
   batch = pack_one()
   for field in dataclasses.fields(batch):
-    expected = np.int32 if field.name in programs.INTEGERS else np.float32
+    expected = np.int32 if field.name in INTEGERS else np.float32
     assert getattr(batch, field.name).dtype == expected, field.name
 
 
