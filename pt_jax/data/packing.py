@@ -107,6 +107,12 @@ def one_per_row(
   return _plan(row, kept, checked, row_length, rows, rows_multiple)
 
 
+def microbatches_for(count: int, rows: int) -> int:
+  """Microbatches of `rows` rows that hold any `count` sequences of at most a row each: a power of
+  two. What is packed from step to step then has one shape, and its program is compiled once."""
+  return 1 << (-(-count // rows) - 1).bit_length()
+
+
 def checked_example(example: Example) -> Example:
   """The example as arrays. Raises ValueError when it is none, or has nothing to train on."""
   tokens, mask, weight = Example(*example)

@@ -3,7 +3,6 @@
 B completions of several prompts, N pairs of them.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -109,12 +108,12 @@ def single_groups(judged: Judged, right: np.ndarray, *, mismatched: bool) -> lis
 def pack_comparisons(groups: Sequence[Group], rows: int, row_length: int) -> ComparisonBatch:
   """Packs groups into a batch of [A, rows, row_length] NumPy arrays.
 
-  A is the next power of two of what they need, so that few programs are compiled; the microbatches
-  behind hold nothing.
+  A is enough for groups that fill a row each (`packing.microbatches_for`); the microbatches behind
+  hold nothing.
   """
-  plan = packing.pack([group_length(g) for g in groups], row_length, rows_multiple=rows)
-  microbatches = 1 << (plan.rows // rows - 1).bit_length()
-  batch = pack_groups(groups, dataclasses.replace(plan, rows=microbatches * rows))
+  whole = rows * packing.microbatches_for(len(groups), rows)
+  plan = packing.pack([group_length(g) for g in groups], row_length, rows=whole)
+  batch = pack_groups(groups, plan)
   return jax.tree.map(lambda x: x.reshape(-1, rows, row_length), batch)
 
 

@@ -180,8 +180,9 @@ def pack_rollouts(
 ) -> Packed:
   """Packs completions into a policy batch of [A, rows, row_length] NumPy arrays.
 
-  A is the next power of two of what they need, so that few programs are compiled; the microbatches
-  behind hold nothing and are not computed. All tokens of completions that the policy chose are in
+  A is enough for completions that fill a row each, whatever their lengths now, so that one program
+  is compiled (`packing.microbatches_for`); the microbatches behind hold nothing and are not
+  computed. All tokens of completions that the policy chose are in
   the mask; what was forced upon it is read and not trained. With `share_prompts`, completions of
   equal prompts stand behind one, see `data.shared_prompts`.
   """
@@ -195,8 +196,7 @@ def pack_rollouts(
     start, plan = starts - 1, shared.completions
   else:
     plan = packing.pack(r.length, row_length, rows_multiple=rows)
-  microbatches = 1 << (plan.rows // rows - 1).bit_length()
-  plan = dataclasses.replace(plan, rows=microbatches * rows)
+  plan = dataclasses.replace(plan, rows=rows * packing.microbatches_for(len(drawn), rows))
   positions = np.broadcast_to(np.arange(drawn.shape[1], dtype=np.int32), drawn.shape)
   lay_out = lambda values: packing.lay_out(plan, _moved(np.asarray(values), start))
   mask = lay_out(drawn.astype(np.float32))

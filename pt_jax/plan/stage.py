@@ -4,7 +4,6 @@ The jitted functions are those of the loops. Nothing is allocated, and no row, t
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 
 from pt_jax import sharding, weights
 from pt_jax.data.batch import Batch, ComparisonBatch, PolicyBatch
+from pt_jax.data.packing import microbatches_for
 from pt_jax.experiment import Experiment, Online, Preference, Stage, Supervised
 from pt_jax.loops import online, preference, supervised
 from pt_jax.loops.context import abstract_created
@@ -61,8 +61,8 @@ def work_of(stage: Stage) -> Work:
     count = stage.microbatches
     return Work(count, stage.layout.batch_size // count, stage.layout.row_length)
   if isinstance(stage, Online):
-    rows = stage.prompts * stage.group_size // stage.minibatches
-    return Work(1 << (math.ceil(rows / stage.rows) - 1).bit_length(), stage.rows, stage.row_length)
+    completions = stage.prompts * stage.group_size // stage.minibatches
+    return Work(microbatches_for(completions, stage.rows), stage.rows, stage.row_length)
   raise ValueError(
     f"stage {stage.name}: a plan knows Supervised, Preference and Online, found "
     f"{type(stage).__name__}"

@@ -109,10 +109,10 @@ def test_single_completions_with_one_of_the_next_prompt():
   assert [len(group.completions) for group in alone] == [1] * 6
 
 
-def test_packing_goes_up_in_powers_of_two():
+def test_packing_has_room_for_groups_of_any_length():
   groups = pairs.single_groups(made(), SCORES > 0.4, mismatched=True)
   batch = pairs.pack_comparisons(groups, rows=2, row_length=16)
-  assert batch.tokens.shape == (4, 2, 16)  # six groups of 7 to 14 tokens take five rows
+  assert batch.tokens.shape == (4, 2, 16)  # three microbatches for six groups, and a power of two
   assert (batch.segment_ids >= 0).sum() == sum(
     len(c.tokens) for group in groups for c in group.completions
   )

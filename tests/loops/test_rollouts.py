@@ -133,7 +133,8 @@ def test_packing_keeps_every_token_with_its_own_numbers():
   advantages = each[:, None] + np.arange(5, dtype=np.float32)  # places count from the prompt on
   credit = Credit(judged.rewards.total, advantages, 2 * advantages, trained, each > 0)
   batch = pack_policy(judged, credit, rows=2, row_length=9)
-  assert batch.tokens.shape == (1, 2, 9)
+  assert batch.tokens.shape == (2, 2, 9)  # room for four completions that fill a row each
+  assert (batch.segment_ids[1] < 0).all()
   found = {}
   for row in range(2):
     ids = batch.segment_ids[0, row]
@@ -157,7 +158,7 @@ def test_packing_keeps_every_token_with_its_own_numbers():
     # What the engine reported stays; the mask says what is read.
     np.testing.assert_allclose(found[text]["sampler_logprobs"], -(b + index / 100) * drawn)
   empty = batch.segment_ids < 0
-  assert empty.sum() == 18 - 16 and not batch.mask[empty].any() and not batch.tokens[empty].any()
+  assert empty.sum() == 36 - 16 and not batch.mask[empty].any() and not batch.tokens[empty].any()
 
 
 @pytest.mark.parametrize("share_prompts", [False, True])
