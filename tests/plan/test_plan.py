@@ -296,7 +296,7 @@ def test_closed_forms_of_an_online_stage():
   closed = forecast(*applied(experiment, experiment.stages[0], Choice()), piece, mesh_on(piece, {}))
   assert closed.parts["reference"] == closed.parts["parameters"]
   assert closed.parts["parameters"] == pytest.approx(4 * count / 8, rel=0.01)
-  assert closed.parts["engine weights"] == 2 * (count + config.vocab_size * config.width)
+  assert closed.parts["engine weights"] == 2 * count
   # 28 layers x 2 x 8 heads x 128 x 2 bytes, (33 x 64 + 2) pages of 32 tokens.
   assert closed.parts["KV cache pages"] == 114_688 * (33 * 64 + 2) * 32
   # 1,536 tokens of 2 waves of 256: weights and 1,280 tokens of 32 samples for each, at 819 GB/s.
