@@ -47,9 +47,11 @@ def sweep_text(sweep: Sweep, piece: Slice) -> str:
   for number, pick in enumerate(sweep.picks, 1):
     memory, closed = pick.plan.worst.memory, pick.candidate.forecast
     time = seconds(pick.plan.seconds) if pick.plan.fits else "-"
-    fits = "" if pick.plan.fits else "does not fit"
+    notes = ["does not fit"] * (not pick.plan.fits) + ["the experiment's own"] * pick.own
     used = (f"{memory.total / GIB:.2f}", f"{memory.usable / GIB:.2f}")
-    rows.append((f"{number}", str(pick.plan.choice), *used, time, seconds(closed.time), fits))
+    rows.append(
+      (f"{number}", str(pick.plan.choice), *used, time, seconds(closed.time), ", ".join(notes))
+    )
   lines = [
     f"{sweep.considered:,} choices divide the model and the rows, {sweep.roomy:,} have room by "
     f"closed forms; {len(sweep.picks)} compiled, {len(sweep.refused)} that the compiler fails on",

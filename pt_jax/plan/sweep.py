@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pt_jax.experiment import Experiment, Stage
 from pt_jax.models.config import Remat
-from pt_jax.plan.choices import Choice, applied
+from pt_jax.plan.choices import Choice, applied, chosen
 from pt_jax.plan.compile import Plan, plan_stage
 from pt_jax.plan.forecast import Forecast, forecast
 from pt_jax.plan.memory import MARGIN, TEMPORARIES
@@ -39,6 +39,7 @@ class Pick:
 
   candidate: Candidate
   plan: Plan
+  own: bool = False  # what the experiment says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,8 @@ def sweep(
   tell: Callable[[str], None] = lambda text: None,
   engine_layers: int | None = None,
 ) -> Sweep:
-  """Compiles the `count` choices that come first (see `in_turn`) and that the compiler takes.
+  """Compiles the `count` choices that come first (see `in_turn`) and that the compiler takes, and
+  the experiment's own to compare them with, where it has room.
 
   Args:
     experiment: gives what is not chosen.
@@ -84,31 +86,49 @@ def sweep(
       f"sweep: none of {len(found)} choices has room by closed forms; the smallest, "
       f"{least.choice}, needs {least.forecast.total / 2**30:.1f} GiB a device"
     )
+  own = _own(fitting, experiment, stage, piece, fixed)
   picks, refused = [], []
-  for candidate in in_turn(fitting)[: TRIES * count]:
-    if len(picks) == count:
-      break
-    where = f"{len(picks) + 1} of {count}, {candidate.choice}"
-    say = lambda name, where=where: tell(f"{where}: {name}")
+
+  def compile_one(candidate: Candidate) -> None:
+    say = lambda name: tell(f"{len(picks) + 1} of {count}, {candidate.choice}: {name}")
+    options = {"tell": say, "first": ("train step",), "engine_layers": engine_layers}
     try:
-      plan = plan_stage(
-        *(experiment, stage, piece, candidate.choice),
-        tell=say,
-        first=("train step",),
-        engine_layers=engine_layers,
-      )
+      plan = plan_stage(experiment, stage, piece, candidate.choice, **options)
     except ValueError as error:  # the compiler fails for another reason than memory
       refused.append((candidate, str(error)))
-      continue
-    picks.append(Pick(candidate, plan))
+    else:
+      picks.append(Pick(candidate, plan, candidate is own))
+
+  for candidate in in_turn(fitting)[: TRIES * count]:
+    if len(picks) < count:
+      compile_one(candidate)
+  tried = [pick.candidate for pick in picks] + [one for one, _ in refused]
+  if own is not None and own not in tried:
+    compile_one(own)
+    tried.append(own)
   if not picks:
     raise ValueError(
       f"sweep: the compiler fails on all of {len(refused)} choices; "
       f"{refused[0][0].choice}: {refused[0][1]}"
     )
   picks.sort(key=lambda pick: (not pick.plan.fits, pick.plan.seconds))
-  others = _others(found, fitting, [pick.candidate for pick in picks] + [c for c, _ in refused])
+  others = _others(found, fitting, tried)
   return Sweep(len(found), len(fitting), tuple(picks), tuple(refused), others)
+
+
+def _own(
+  found: Sequence[Candidate], experiment: Experiment, stage: Stage, piece: Slice, fixed: Choice
+) -> Candidate | None:
+  """What the experiment says where `fixed` does not, if it is among the candidates."""
+  try:
+    changed, stage = applied(experiment, stage, fixed)
+    mesh = mesh_on(piece, dataclasses.asdict(changed.mesh))
+  except ValueError:  # a mesh for another slice
+    return None
+  say = chosen(changed, stage, mesh.shape)
+  wide = lambda c: {axis: size for axis, size in (c.mesh or {}).items() if size > 1}
+  key = lambda c: (wide(c), c.zero, c.remat, c.microbatches)
+  return next((one for one in found if key(one.choice) == key(say)), None)
 
 
 def in_turn(found: Sequence[Candidate]) -> list[Candidate]:

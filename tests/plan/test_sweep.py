@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from experiments import sft_qwen3
+from pt_jax.experiment import MeshShape
 from pt_jax.plan import reasons, sweep
 from pt_jax.plan.choices import Choice
 from pt_jax.plan.compile import Plan
@@ -102,6 +103,21 @@ def test_every_mesh_is_in_the_table_or_below_it(experiment, piece, monkeypatch):
   every = sweep.candidates(experiment, experiment.stages[0], piece, Choice())
   assert {tried, *below} == {str(one.choice).split()[1] for one in every}
   assert len(below) == len(set(below)) > 2 and tried not in below
+
+
+def test_the_experiments_own_choice_is_there_to_compare_with(experiment, piece, monkeypatch):
+  monkeypatch.setattr(sweep, "plan_stage", lambda *_, **__: _plan(experiment, piece, 1.0, 0.0))
+  mine = dataclasses.replace(experiment, mesh=MeshShape(data=2, tensor=2), zero=2)
+  found = sweep.sweep(mine, mine.stages[0], piece, Choice(remat="block"), 1)
+  first, own = found.picks
+  assert (first.own, own.own) == (False, True)
+  assert str(own.candidate.choice) == (
+    "--mesh data=2,tensor=2 --zero 2 --remat block --microbatches 1"
+  )
+  (line,) = (x for x in sweep_text(found, piece).splitlines() if "the experiment's own" in x)
+  assert line.split()[0] == "2"
+  again = sweep.sweep(mine, mine.stages[0], piece, own.candidate.choice, 1)
+  assert [pick.own for pick in again.picks] == [True]
 
 
 def test_sentences_of_what_was_compiled(experiment, piece):
