@@ -14,6 +14,11 @@ import pytest
 MESH = pathlib.Path(__file__).parent / "mesh"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# LLVM's optimisation is off: tests spend their time on compiling, and what they test is decided
+# before LLVM.
+os.environ["XLA_FLAGS"] = (
+  f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
