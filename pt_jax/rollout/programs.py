@@ -72,9 +72,8 @@ def use_layout(params: Params, *, config: ModelConfig) -> Params:
   matrix = lambda row: any(axis not in (None, "layer") for axis in row.axes)
   cast = lambda row, w: w.astype(config.compute_dtype) if matrix(row) else w
   params = weights.map_table(cast, table, params)
-  rows = {"embed": table["embed"], "final_norm": table["final_norm"]}
+  rows = {name: row for name, row in table.items() if name != "blocks"}
   top = {name: weights.reshard(params[name], row, USE) for name, row in rows.items()}
-  top["unembed"] = decoder.unembedding(params, config)
   whole = weights.reshard(params["blocks"], table["blocks"], USE)
   layer = lambda i: jax.tree.map(lambda w: w[i], whole)
   return top | {"blocks": [layer(i) for i in range(config.layers)]}
@@ -125,8 +124,9 @@ def prefill(
 def draw_tokens(w: Params, hidden: jax.Array, rows: Rows, position: jax.Array, needs: Needs):
   """Logits of hidden [R, width], and a token of each row, drawn by its key folded with where the
   token will stand. Returns what `sampling.draw` does."""
+  matrix = w.get("unembed", w["embed"])  # one of both where they are tied
   logits = jnp.einsum(
-    "nd,vd->nv", hidden, w["unembed"].astype(hidden.dtype), preferred_element_type=jnp.float32
+    "nd,vd->nv", hidden, matrix.astype(hidden.dtype), preferred_element_type=jnp.float32
   )
   vocab_size = logits.shape[1]
 
@@ -185,7 +185,7 @@ def launch(
   """
   rows = jax.tree.map(kv.split, rows)
   table = decoder.rope_table(config, limit)
-  empty = nothing_drawn(len(rows.token), tokens, min(needs.top, w["unembed"].shape[0]))
+  empty = nothing_drawn(len(rows.token), tokens, min(needs.top, config.vocab_size))
   running = jnp.sum(rows.active)
 
   def unfinished(carry: Any) -> jax.Array:

@@ -73,7 +73,7 @@ def launch(
   rows, history = jax.tree.map(kv.split, rows), jax.tree.map(kv.split, history)
   reach = limit + plan.tokens + 1
   angles = [decoder.rope_table(c, reach) for c in (plan.config, plan.draft) if c is not None]
-  running, top = jnp.sum(rows.active), min(needs.top, w[0]["unembed"].shape[0])
+  running, top = jnp.sum(rows.active), min(needs.top, plan.config.vocab_size)
   drawn = programs.nothing_drawn(len(rows.token), tokens, top)
   tally = Tally(*(jnp.zeros_like(drawn.count),) * 3)
 

@@ -1,5 +1,6 @@
 """The engine against a plain loop over the training forward pass; what no schedule may change."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ from pt_jax import sharding
 from pt_jax.data.tokenizers import IncrementalDetokenizer
 from pt_jax.models import decoder
 from pt_jax.rollout import engine as engine_module
+from pt_jax.rollout import programs
 from pt_jax.rollout.engine import Engine
 from pt_jax.rollout.rollouts import SamplingParams, StopReason
 from tests.rollout import tiny
@@ -82,6 +84,14 @@ def test_greedy_is_a_plain_loop_over_the_training_forward_pass(greedy):
   for row, start in enumerate(greedy.prompt_length):
     ours = greedy.logprobs[row, start : start + GREEDY.max_tokens]
     np.testing.assert_allclose(ours, logprobs[:, row], atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_matrix_is_kept_once(tied):
+  config = dataclasses.replace(tiny.MODEL, tied_embeddings=tied)
+  params = {name: tiny.params()[name] for name in decoder.table(config)}
+  kept = jax.eval_shape(functools.partial(programs.use_layout, config=config), params)
+  assert kept.keys() == params.keys() and ("unembed" in kept) == (not tied)
 
 
 def test_rows_are_prompt_then_completion_then_zeros(drawn):
