@@ -111,8 +111,12 @@ def bytes_of(module: Module, computation: Computation, i: Instruction) -> float:
     inner = module.computations[i.called[0]]
     read = sum(min(size, _read(module, inner, at, size)) for at, size in enumerate(sizes) if size)
     return read + _written(inner, i)
-  if i.opcode == "dynamic-slice":
+  if i.opcode in ("slice", "dynamic-slice"):
     return (sizes[0] > 0) * _in_any(i.shapes) + _in_hbm(i.shapes)
+  if i.opcode == "async-start":  # what it runs, where that is a slice of a weight to come
+    root = module.computations[i.called[0]].root
+    if root.opcode in ("slice", "dynamic-slice"):
+      return (sizes[0] > 0) * _in_any(root.shapes) + _in_hbm(root.shapes)
   if i.opcode == "dynamic-update-slice":
     return 2 * sizes[1]
   if i.opcode == "slice-start":  # (source, destination, context)

@@ -118,3 +118,22 @@ def test_arrays_in_vmem_cost_no_hbm():
   )
   read, written = cost.operations(hlo.parse(text), 1)
   assert (read.cost.bytes, written.cost.bytes) == (32, 32)
+
+
+def test_a_slice_that_is_fetched_ahead_costs_what_it_holds():
+  """A quarter of a weight to VMEM, as the engine's programs fetch those of the next layer."""
+  text = (
+    "HloModule m\n\n"
+    "%ahead (q: bf16[64,8]) -> bf16[16,8] {\n"
+    "  %q = bf16[64,8]{1,0:T(8,128)} parameter(0)\n"
+    "  ROOT %s = bf16[16,8]{1,0:T(8,128)S(1)} slice(%q), slice={[0:16], [0:8]}\n"
+    "}\n\n"
+    "ENTRY %main (p: bf16[64,8]) -> bf16[16,8] {\n"
+    "  %p = bf16[64,8]{1,0:T(8,128)} parameter(0)\n"
+    "  %a = ((bf16[64,8]{1,0:T(8,128)}), bf16[16,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)})"
+    " async-start(%p), calls=%ahead\n"
+    "  ROOT %d = bf16[16,8]{1,0:T(8,128)S(1)} async-done(%a)\n"
+    "}\n"
+  )
+  (ahead,) = cost.operations(hlo.parse(text), 1)
+  assert ahead.cost.bytes == 16 * 8 * 2
