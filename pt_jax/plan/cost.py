@@ -155,10 +155,21 @@ def _read(module: Module, inner: Computation, position: int, size: int) -> int:
       continue  # a step of a collective that other work runs beside: see `collectives`
     elif user.opcode == "fusion":
       nested = module.computations[user.called[0]]
+      if any(_is_parameter(nested, at) for at in used):
+        names.add(user.name)  # a bitcast that is written as a fusion
+        continue
       total += sum(_read(module, nested, at, size) for at in used)
     elif user.opcode != "dynamic-update-slice" or used != [0]:
       return size
   return total
+
+
+def _is_parameter(inner: Computation, position: int) -> bool:
+  """Whether a fusion returns a parameter as it is, or under another shape."""
+  root = inner.root
+  while root.opcode == "bitcast":
+    root = inner.by_name[root.operands[0]]
+  return root.opcode == "parameter" and root.operands[0] == str(position)
 
 
 def _written(inner: Computation, i: Instruction) -> int:

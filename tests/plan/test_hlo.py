@@ -137,3 +137,25 @@ def test_a_slice_that_is_fetched_ahead_costs_what_it_holds():
   )
   (ahead,) = cost.operations(hlo.parse(text), 1)
   assert ahead.cost.bytes == 16 * 8 * 2
+
+
+def test_a_weight_under_another_shape_is_read():
+  """Its bitcast may be a fusion of its own, inside that of the product."""
+  text = (
+    "HloModule m\n\n"
+    "%cast (r: bf16[64,8]) -> bf16[512] {\n"
+    "  %r = bf16[64,8]{1,0:T(8,128)} parameter(0)\n"
+    "  ROOT %b = bf16[512]{0:T(128)} bitcast(%r)\n"
+    "}\n\n"
+    "%twice (q: bf16[64,8]) -> bf16[512] {\n"
+    "  %q = bf16[64,8]{1,0:T(8,128)} parameter(0)\n"
+    "  %f = bf16[512]{0:T(128)} fusion(%q), kind=kLoop, calls=%cast\n"
+    "  ROOT %n = bf16[512]{0:T(128)S(1)} negate(%f)\n"
+    "}\n\n"
+    "ENTRY %main (p: bf16[64,8]) -> bf16[512] {\n"
+    "  %p = bf16[64,8]{1,0:T(8,128)} parameter(0)\n"
+    "  ROOT %t = bf16[512]{0:T(128)S(1)} fusion(%p), kind=kOutput, calls=%twice\n"
+    "}\n"
+  )
+  (product,) = cost.operations(hlo.parse(text), 1)
+  assert product.cost.bytes == 64 * 8 * 2
