@@ -3,7 +3,7 @@
   python -m kernels.schedule                                   every case of every kernel, 4 chips
   python -m kernels.schedule linear_logprob:forward --chips v5e,v6e
   python -m kernels.schedule peers                             the kernels of jax, and tokamax's
-  python -m kernels.schedule --write-budget --chips v5e,v6e    writes kernels/budget.json
+  python -m kernels.schedule --write-budget                    writes kernels/budget.json
 
 Needs libtpu and no TPU. A row is a case on a chip; "a + b" are the kernels of a case. cycles: of a
 turn of the main loop that does the work; MXU, VALU: share of those cycles in which the unit is

@@ -100,7 +100,7 @@ def run(command: Command) -> int:
   with _telling() as tell:
     if options.sweep:
       found = sweep(experiment, stage, piece, choice, options.sweep, tell, layers)
-      text, fits = sweep_text(found), found.picks[0].plan.fits
+      text, fits = sweep_text(found, piece), found.picks[0].plan.fits
     else:
       plan = plan_stage(experiment, stage, piece, choice, tell=tell, engine_layers=layers)
       text, fits = page(plan), plan.fits

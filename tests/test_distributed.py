@@ -13,6 +13,7 @@ from pt_jax.metrics import read_jsonl
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 SECONDS = 200
+FLAGS = "--xla_backend_optimization_level=0"  # as in conftest.py, with devices of each its own
 
 
 def start(*arguments, devices=1):
@@ -24,7 +25,7 @@ def start(*arguments, devices=1):
     | {
       "JAX_PLATFORMS": "cpu",
       "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+      "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}",
     },
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,

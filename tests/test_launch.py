@@ -21,6 +21,7 @@ from pt_jax.loops.pipeline import Finished
 from tests.loops import tiny
 
 TINY = "tests.loops.tiny"
+FLAGS = "--xla_backend_optimization_level=0"  # as in conftest.py, and nothing about devices
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +224,7 @@ def test_a_run_keeps_its_number_of_devices(tmp_path):
   """Chosen, then resumed by a process that would choose one; asked for and not to be had."""
   run = lambda *options, **environment: subprocess.run(
     [sys.executable, "-m", "launch.local", TINY, "--runs", tmp_path, "--quiet", *options],
-    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment,
+    env=os.environ | {"XLA_FLAGS": FLAGS} | environment,
     text=True,
     capture_output=True,
   )
@@ -237,7 +238,7 @@ def test_a_run_keeps_its_number_of_devices(tmp_path):
   assert counts() == [2]
   assert run().returncode == 0
   assert counts() == [2]
-  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+  flags = {"XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=1"}
   refused = run("--cpu-devices", "4", **flags)
   assert refused.returncode == 2
   assert refused.stderr == "error: --cpu-devices: expected 4 CPU devices, found 1\n"

@@ -111,8 +111,12 @@ def bytes_of(module: Module, computation: Computation, i: Instruction) -> float:
     inner = module.computations[i.called[0]]
     read = sum(min(size, _read(module, inner, at, size)) for at, size in enumerate(sizes) if size)
     return read + _written(inner, i)
-  if i.opcode == "dynamic-slice":
+  if i.opcode in ("slice", "dynamic-slice"):
     return (sizes[0] > 0) * _in_any(i.shapes) + _in_hbm(i.shapes)
+  if i.opcode == "async-start":  # what it runs, where that is a slice of a weight to come
+    root = module.computations[i.called[0]].root
+    if root.opcode in ("slice", "dynamic-slice"):
+      return (sizes[0] > 0) * _in_any(root.shapes) + _in_hbm(root.shapes)
   if i.opcode == "dynamic-update-slice":
     return 2 * sizes[1]
   if i.opcode == "slice-start":  # (source, destination, context)
@@ -151,10 +155,21 @@ def _read(module: Module, inner: Computation, position: int, size: int) -> int:
       continue  # a step of a collective that other work runs beside: see `collectives`
     elif user.opcode == "fusion":
       nested = module.computations[user.called[0]]
+      if any(_is_parameter(nested, at) for at in used):
+        names.add(user.name)  # a bitcast that is written as a fusion
+        continue
       total += sum(_read(module, nested, at, size) for at in used)
     elif user.opcode != "dynamic-update-slice" or used != [0]:
       return size
   return total
+
+
+def _is_parameter(inner: Computation, position: int) -> bool:
+  """Whether a fusion returns a parameter as it is, or under another shape."""
+  root = inner.root
+  while root.opcode == "bitcast":
+    root = inner.by_name[root.operands[0]]
+  return root.opcode == "parameter" and root.operands[0] == str(position)
 
 
 def _written(inner: Computation, i: Instruction) -> int:

@@ -138,8 +138,6 @@ class _Model:
         parts["reward model"] = stage.reward_model.members * params
       work = round_of(self.config, stage, self.mesh.shape)
       parts[WEIGHTS] = self.held(sharding.USE, BYTES[self.config.compute_dtype])
-      if self.config.tied_embeddings:
-        parts[WEIGHTS] += self._vocabulary() * BYTES[self.config.compute_dtype]
       parts[PAGES] = estimate.pages_bytes(
         self.config, (work.shapes.pages + 1) * work.shapes.rows, self.tensor
       )

@@ -23,11 +23,12 @@ def page(plan: Plan) -> str:
 def _head(plan: Plan) -> list[str]:
   config, work, chip = model_of(plan.experiment), work_of(plan.stage), plan.piece.chip
   mesh = " ".join(f"{name}={size}" for name, size in (plan.choice.mesh or {}).items())
+  host = " (what goes to the host and back is in no time below)" * (config.remat == "offload")
   lines = [
     f"{plan.experiment.name}, stage {plan.stage.name}, on {plan.piece.name} "
     f"({plan.piece.chips} chips): {'fits' if plan.fits else 'DOES NOT FIT'}",
     f"  model     {estimate.parameters(config) / 1e9:.2f} B parameters in {config.param_dtype}, "
-    f"computes in {config.compute_dtype}, remat {config.remat}",
+    f"computes in {config.compute_dtype}, remat {config.remat}{host}",
     f"  mesh      {mesh}; ZeRO {plan.experiment.zero}",
     f"  update    {work.microbatches} x {work.rows} rows x {work.length} tokens = "
     f"{work.tokens:,} tokens, {work.tokens // plan.piece.chips:,} a chip",
@@ -59,7 +60,7 @@ def _program(one: Measured, plan: Plan) -> list[str]:
   lines = ["", f"{one.program.name} (compiled in {one.seconds:.0f} s{note})", *_memory(one)]
   if one.xla is None:
     return lines
-  kernels = _kernels(one.xla, plan.piece.chip.name)
+  kernels = _kernels(one.xla, plan.piece.chip.name, one.program.kind)
   return [*lines, *_collectives(one.xla), *kernels, *_time(one, one.xla, plan)]
 
 
@@ -94,26 +95,27 @@ def _collectives(xla: Analysis) -> list[str]:
   return ["  collectives of a device, one call", *columns([head, *rows])] if rows else []
 
 
-def _kernels(xla: Analysis, chip: str) -> list[str]:
+def _kernels(xla: Analysis, chip: str, kind: str) -> list[str]:
   rows = [
     (
       k.name,
       f"{k.runs:.0f} runs",
       f"{k.cost.flops / 1e9:.1f} GFLOP each" if k.cost else "no cost given",
-      _schedule(k.name, chip),
+      _schedule(k.name, chip, kind),
     )
     for k in xla.kernels
   ]
   return ["  Pallas kernels", *columns(rows)] if rows else []
 
 
-def _schedule(kernel: str, chip: str) -> str:
-  found = schedule_of(kernel, chip)
+def _schedule(kernel: str, chip: str, kind: str) -> str:
+  found = schedule_of(kernel, chip, kind)
   if found is None:
     return ""
+  call = "" if found.cycles is None else f" {found.cycles:,.0f} a call,"
   return (
-    f"static schedule of {found.case}: {found.turn:,.0f} cycles a turn, "
-    f"{found.cycles:,.0f} a call, {found.spills:,} spills"
+    f"static schedule of {found.case}: {found.turn:,.0f} cycles a turn,{call} "
+    f"{found.spills:,} spills"
   )
 
 

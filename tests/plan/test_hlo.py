@@ -118,3 +118,44 @@ def test_arrays_in_vmem_cost_no_hbm():
   )
   read, written = cost.operations(hlo.parse(text), 1)
   assert (read.cost.bytes, written.cost.bytes) == (32, 32)
+
+
+def test_a_slice_that_is_fetched_ahead_costs_what_it_holds():
+  """A quarter of a weight to VMEM, as the engine's programs fetch those of the next layer."""
+  text = (
+    "HloModule m\n\n"
+    "%ahead (q: bf16[64,8]) -> bf16[16,8] {\n"
+    "  %q = bf16[64,8]{1,0:T(8,128)} parameter(0)\n"
+    "  ROOT %s = bf16[16,8]{1,0:T(8,128)S(1)} slice(%q), slice={[0:16], [0:8]}\n"
+    "}\n\n"
+    "ENTRY %main (p: bf16[64,8]) -> bf16[16,8] {\n"
+    "  %p = bf16[64,8]{1,0:T(8,128)} parameter(0)\n"
+    "  %a = ((bf16[64,8]{1,0:T(8,128)}), bf16[16,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)})"
+    " async-start(%p), calls=%ahead\n"
+    "  ROOT %d = bf16[16,8]{1,0:T(8,128)S(1)} async-done(%a)\n"
+    "}\n"
+  )
+  (ahead,) = cost.operations(hlo.parse(text), 1)
+  assert ahead.cost.bytes == 16 * 8 * 2
+
+
+def test_a_weight_under_another_shape_is_read():
+  """Its bitcast may be a fusion of its own, inside that of the product."""
+  text = (
+    "HloModule m\n\n"
+    "%cast (r: bf16[64,8]) -> bf16[512] {\n"
+    "  %r = bf16[64,8]{1,0:T(8,128)} parameter(0)\n"
+    "  ROOT %b = bf16[512]{0:T(128)} bitcast(%r)\n"
+    "}\n\n"
+    "%twice (q: bf16[64,8]) -> bf16[512] {\n"
+    "  %q = bf16[64,8]{1,0:T(8,128)} parameter(0)\n"
+    "  %f = bf16[512]{0:T(128)} fusion(%q), kind=kLoop, calls=%cast\n"
+    "  ROOT %n = bf16[512]{0:T(128)S(1)} negate(%f)\n"
+    "}\n\n"
+    "ENTRY %main (p: bf16[64,8]) -> bf16[512] {\n"
+    "  %p = bf16[64,8]{1,0:T(8,128)} parameter(0)\n"
+    "  ROOT %t = bf16[512]{0:T(128)S(1)} fusion(%p), kind=kOutput, calls=%twice\n"
+    "}\n"
+  )
+  (product,) = cost.operations(hlo.parse(text), 1)
+  assert product.cost.bytes == 64 * 8 * 2
