@@ -14,7 +14,7 @@ from kernels.aot import budget, compiler
 
 pytestmark = pytest.mark.skipif(bool(compiler.why_not()), reason=compiler.why_not())
 
-WITH_BUDGET = budget.jobs(("v5e", "v6e"))  # one for each edge of the matrix units
+WITH_BUDGET = budget.jobs(chips.CHIPS)
 QUICK = [job for job in WITH_BUDGET if job.chip == "v6e" and not compiler.case_of(job).slow]
 
 
