@@ -123,7 +123,7 @@ def _speculate(
       for s in (None, Speculation(tokens=4, ngram=3))
     ]
     rates: list[list[float]] = [[], []]
-    before = engines[1].figures.copy()
+    before, same = engines[1].figures.copy(), []
     for i in range(repeats + 2):
       found = []
       for engine, own in zip(engines, rates):
@@ -133,7 +133,10 @@ def _speculate(
         tokens = int((found[-1].length - found[-1].prompt_length).sum())
         own.append(tokens / (time.perf_counter() - started))
       assert found[0].tokens.shape == found[1].tokens.shape
-      assert np.mean(found[0].tokens == found[1].tokens) > 0.99
+      same += (found[0].tokens == found[1].tokens).all(1).tolist()
+    # A uniform number within rounding of the border of two tokens draws the other one, and the rest
+    # of that sequence is another (seen: 1 of 57,344 draws). Wrong guesses would change nearly all.
+    assert np.mean(same) > 0.8, f"{np.mean(same):.2f} of the sequences are the same with guesses"
     plain, guessed = (statistics.median(own[2:]) for own in rates)
     shares = engines[1].figures.since(before)
     print(
