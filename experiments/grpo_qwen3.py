@@ -38,7 +38,7 @@ def config(
   max_tokens: int = 7168,
   row_length: int = 8192,
   rows: int = 256,
-  slots: int = 1024,
+  slots: int = 2048,
   share_prompts: bool = False,
   temperature: float = 1.0,
   held_out: int = 512,
