@@ -182,9 +182,9 @@ def pack_rollouts(
 
   A is enough for completions that fill a row each, whatever their lengths now, so that one program
   is compiled (`packing.microbatches_for`); the microbatches behind hold nothing and are not
-  computed. All tokens of completions that the policy chose are in
-  the mask; what was forced upon it is read and not trained. With `share_prompts`, completions of
-  equal prompts stand behind one, see `data.shared_prompts`.
+  computed. All tokens of completions that the policy chose are in the mask; what was forced upon it
+  is read and not trained. With `share_prompts`, completions of equal prompts stand behind one, see
+  `data.shared_prompts`.
   """
   r, drawn = rollouts, chosen_tokens(rollouts)
   start, shared = np.zeros_like(r.length), None

@@ -1,8 +1,8 @@
 """Every case of every kernel compiles for every chip, and schedules keep within the budget.
 
-Compiling all of them for all chips takes some ten minutes and is in `make test-slow`; `make test`
-compiles every quick case for one chip, the forward pass where the backward pass is not quick. Both
-in one process that loads libtpu once.
+Compiling all of them for all chips takes some ten minutes, their schedules six more: that is in
+`make test-slow`. `make test` compiles every quick case for one chip, the forward pass where the
+backward pass is not quick. Both in one process that loads libtpu once.
 """
 
 import itertools
